@@ -1,0 +1,58 @@
+"""OPCM: tasks are added one after the other, each without what the merged model already holds. arXiv 2501.09522."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from orthoft.merging.methods.registry import method, weighted
+
+RANGE = 1e-5  # singular values below this share of the largest are rounding errors of float32 deltas
+
+
+def mean_task_norm(merged: float, tasks: list[float]) -> float:
+    """Return the scale ``mean_t ||D_t|| / ||S_T||``, which is ``1 / l_T`` of OPCM: norms over the whole model."""
+    return sum(tasks) / len(tasks) / merged if merged > 0 else 1.0
+
+
+@method("opcm", commutes=True, finish=mean_task_norm)
+def opcm(x: Tensor, weights: Tensor, *, alpha: float = 0.5) -> Tensor:
+    """Return ``S_T``, the sum of the tasks ``D_t = w_t x_t``, each cleaned of what it shares with the sum before it.
+
+    ``S_1 = D_1``; ``S_t = S_{t-1} + D_t - U (mask o (U^T D_t V)) V^T`` with the thin SVD ``S_{t-1} = U diag(s) V^T`` on
+    its numerical range; ``mask`` is 1 on the whole diagonal and on the leading k x k block, k the 0-based index of the
+    first singular value at which the cumulated share of ``s`` exceeds ``alpha`` (all of them if none does, so that
+    ``alpha = 1`` removes everything within the range). Vectors (p = 1) are summed.
+
+    The method then keeps the model at the mean norm of its tasks, ``M_t = S_t / l_t`` with the one scalar
+    ``l_t = ||S_t|| / mean_{i <= t} ||D_i||`` over all weights. The next step projects on the singular vectors of
+    ``M_t``, chosen by shares of its singular values: both are those of ``S_t``. And it accumulates ``l_t M_t = S_t``.
+    So no ``l_t`` but the last has any effect, and it may wait until all weights are done: `mean_task_norm`.
+
+    On low-rank deltas the published code also removes diagonal entries over the null space of ``S``, whose basis is
+    arbitrary; on the range alone the result depends on the inputs only and commutes with changes of basis.
+
+    Raises:
+        ValueError: ``alpha`` is outside [0, 1].
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha is a share of the singular values, in [0, 1], got {alpha}")
+    tasks = weighted(x, weights)
+    merged = tasks[0]
+    for task in tasks[1:]:
+        merged = merged + (task if task.shape[0] == 1 else task - shared(task, merged, alpha))
+    return merged
+
+
+def shared(task: Tensor, merged: Tensor, alpha: float) -> Tensor:
+    """Return what OPCM removes from ``task`` (p, q): ``U (mask o (U^T D V)) V^T`` over the range of ``merged``."""
+    U, s, Vh = torch.linalg.svd(merged, full_matrices=False)
+    rank = int((s > RANGE * s[:1]).sum())
+    U, s, Vh = U[:, :rank], s[:rank], Vh[:rank]
+    total = s.cumsum(0)
+    k = int((total <= alpha * s.sum()).sum()) if alpha < 1.0 else rank
+    P = U.mT @ task @ Vh.mT  # (rank, rank)
+    mask = torch.eye(rank, dtype=P.dtype, device=P.device)
+    mask[:k, :k] = 1
+    removed: Tensor = U @ (mask * P) @ Vh
+    return removed

@@ -1,0 +1,180 @@
+"""One function per adapter format on disk: the tensors of one module become a delta of its weight.
+
+A reader sees the weight as a matrix (outputs, inputs) in float32, whatever its layout on disk, and returns the delta in
+the same orientation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orthoft.delta import Delta, Dense, LowRank, Rotated
+from orthoft.errors import unknown
+from orthoft.linalg import householder_factors, reflection_rows, rotation_update
+
+Config = Mapping[str, Any]
+Tensors = Mapping[str, Tensor]  # of one module, named by what stands behind the module's name
+Shapes = Mapping[str, tuple[int, ...]]
+Read = Callable[[Config, str, Tensors, Tensor], Delta]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What an adapter says of its weight before anything is read; None where any number will do."""
+
+    outputs: int | None
+    inputs: int | None
+    rank: int | None  # of the factors, None if the delta will have none
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A format: the common beginning of its parameter names, what it refuses, what it says of a weight, its delta."""
+
+    peft_type: str
+    prefix: str
+    refusals: Callable[[Config], list[str]]
+    extent: Callable[[Config, Shapes], Extent]
+    read: Read
+
+
+READERS: dict[str, Reader] = {}
+
+
+def reader(
+    peft_type: str,
+    *,
+    prefix: str,
+    extent: Callable[[Config, Shapes], Extent],
+    refusals: Callable[[Config], list[str]] = lambda config: [],
+) -> Callable[[Read], Read]:
+    """Register a function (config, module, its tensors, weight) -> Delta as the reader of a ``peft_type``."""
+
+    def register(read: Read) -> Read:
+        READERS[peft_type] = Reader(peft_type, prefix, refusals, extent, read)
+        return read
+
+    return register
+
+
+def get_reader(config: Config) -> Reader:
+    """Return the reader of an adapter, or raise a ValueError: the format is unknown, or uses what cannot be merged."""
+    peft_type = config.get("peft_type")
+    if peft_type not in READERS:
+        raise unknown("peft_type", peft_type, READERS)
+    found = READERS[peft_type]
+    if refused := found.refusals(config):
+        raise ValueError(f"it uses {', '.join(refused)}, which no change of its weights can represent")
+    return found
+
+
+def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """Return the value of the first pattern that is the end of the module's name, or is a regular expression for it."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+_LORA_FIELDS = (
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "kasa_config",
+    "arrow_config",
+    "monteclora_config",
+    "layer_replication",
+)
+
+
+def _lora_refusals(config: Config) -> list[str]:
+    init = str(config.get("init_lora_weights")).lower()
+    # These change the base weights at the start, so that the factors alone are not the change of the base.
+    changed = (
+        [f"init_lora_weights={init!r}"] if init.startswith(("pissa", "olora", "corda", "lora_ga", "loftq")) else []
+    )
+    return [field for field in _LORA_FIELDS if config.get(field)] + changed
+
+
+def _lora_extent(config: Config, shapes: Shapes) -> Extent:
+    if "lora_embedding_A" in shapes:
+        (rank, rows), (columns, _) = shapes["lora_embedding_A"], shapes["lora_embedding_B"]
+        return Extent(rows, columns, rank)
+    a, b = shapes["lora_A.weight"], shapes["lora_B.weight"]
+    inputs = torch.Size(a[1:]).numel()
+    magnitude = any(name.startswith("lora_magnitude_vector") for name in shapes)
+    return Extent(b[0], inputs, None if magnitude else a[0])
+
+
+@reader("LORA", prefix="lora_", extent=_lora_extent, refusals=_lora_refusals)
+def lora(config: Config, module: str, tensors: Tensors, weight: Tensor) -> Delta:
+    """``delta = s B A`` with ``s = alpha / r``, or ``alpha / sqrt(r)`` (rsLoRA); the scale goes inside ``B``.
+
+    DoRA: ``W' = m (W + s B A) / |W + s B A|``, norms over the inputs, ``m`` one number per output, which has full rank.
+    arXiv 2106.09685, 2312.03732, 2402.09353.
+    """
+    tensors = dict(tensors)
+    embedding = "lora_embedding_A" in tensors
+    A = tensors.pop("lora_embedding_A" if embedding else "lora_A.weight").flatten(1)  # (r, n)
+    B = tensors.pop("lora_embedding_B" if embedding else "lora_B.weight").flatten(1)  # (m, r)
+    magnitude = tensors.pop("lora_magnitude_vector", tensors.pop("lora_magnitude_vector.weight", None))
+    if tensors or (embedding and magnitude is not None):
+        raise ValueError(
+            f"module {module!r} has {', '.join(tensors) or 'DoRA on an embedding'}, which cannot be merged"
+        )
+    rank = by_pattern(config.get("rank_pattern"), module, config["r"])
+    if rank != A.shape[0]:
+        raise ValueError(f"module {module!r} has rank {rank} by its configuration and {A.shape[0]} by its tensors")
+    alpha = by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    delta = LowRank(A.mT * scale, B.mT) if embedding else LowRank(B * scale, A)
+    if magnitude is None:
+        return delta
+    directed = weight + delta.dense()
+    norms = torch.linalg.vector_norm(directed, dim=1, keepdim=True)
+    return Dense(directed * (magnitude.reshape(-1, 1) / norms) - weight)
+
+
+def _oftv2_extent(config: Config, shapes: Shapes) -> Extent:
+    blocks, entries = shapes["orthoft_oftv2_adapter.skew"]
+    size = round((1 + (1 + 8 * entries) ** 0.5) / 2)  # entries = size (size - 1) / 2
+    return Extent(None, None if config.get("block_share") else blocks * size, None)
+
+
+@reader("ORTHOFT_OFTV2", prefix="orthoft_oftv2_", extent=_oftv2_extent)
+def oftv2(config: Config, module: str, tensors: Tensors, weight: Tensor) -> Delta:
+    """``W' = W Q^T`` with the block rotation ``Q`` of the skew entries (g, b (b - 1) / 2). arXiv 2506.19847."""
+    skew = tensors["orthoft_oftv2_adapter.skew"]
+    size = by_pattern(config.get("block_size_pattern"), module, config["block_size"])
+    entries = size * (size - 1) // 2
+    if skew.shape[1] != entries:
+        raise ValueError(
+            f"module {module!r} has blocks of {size} by its configuration, which have {entries} entries, "
+            f"and {skew.shape[1]} entries by its tensors"
+        )
+    update = rotation_update(skew, size, config["map"], config["degree"])  # (g, b, b)
+    return Rotated(weight, update.mT)
+
+
+def _hra_extent(config: Config, shapes: Shapes) -> Extent:
+    rank, inputs = shapes["orthoft_hra_adapter.u"]
+    return Extent(None, inputs, 2 * rank if "orthoft_hra_adapter.u0" in shapes else rank)
+
+
+@reader("ORTHOFT_HRA", prefix="orthoft_hra_", extent=_hra_extent)
+def hra(config: Config, module: str, tensors: Tensors, weight: Tensor) -> Delta:
+    """``W' = W H_1 ... H_r = W - (W U^T) M``, reflections in compact WY form. arXiv 2405.17484."""
+    u, u0 = tensors["orthoft_hra_adapter.u"], tensors.get("orthoft_hra_adapter.u0")
+    if (u0 is not None) != bool(config.get("orthonormal")):
+        raise ValueError(f"module {module!r}: 'orthonormal' in its configuration and 'u0' in its tensors disagree")
+    U, M = householder_factors(reflection_rows(u, u0))
+    return LowRank(-(weight @ U.mT), M)

@@ -1,0 +1,123 @@
+"""HRA: the input of a frozen layer is reflected along r trained directions. arXiv 2405.17484."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from orthoft.adapter import InputRotation
+from orthoft.delta import Delta, LowRank
+from orthoft.linalg import add_low_rank_product, at_least_float32, householder_factors, reflection_rows
+from orthoft.tuner import OrthoConfig, OrthoLinear, OrthoModel
+
+
+class Reflections(InputRotation):
+    """``Q^T = H_1 ... H_r``, ``H_i = I - 2 u_i^T u_i / |u_i|^2``, in compact WY form ``Q^T = I - U^T M``.
+
+    ``u`` (r, n) float32. It starts with equal neighbours (u1, u1, u2, u2, ...): their reflections cancel, ``Q = I``.
+    The orthonormal variant has twice as many reflections, half of them frozen (``u0``, a saved buffer).
+    Exactly orthogonal, and exactly ``I`` plus rank r (2r orthonormal).
+    """
+
+    u0: Tensor | None
+
+    def __init__(self, features: int, r: int, orthonormal: bool, orthogonality_weight: float) -> None:
+        super().__init__()
+        self.orthonormal, self.orthogonality_weight = orthonormal, orthogonality_weight
+        self.u = nn.Parameter(torch.empty(r, features))
+        self.register_buffer("u0", torch.empty(r, features) if orthonormal else None)
+
+    def reset_parameters(self, identity: bool = True) -> None:
+        """Draw the directions uniformly from +-sqrt(2 / r), the scale for which published learning rates are meant."""
+        r = self.u.shape[0]
+        nn.init.uniform_(self.u, -((2 / r) ** 0.5), (2 / r) ** 0.5)
+        if self.u.is_meta:
+            return
+        with torch.no_grad():
+            if self.u0 is not None:
+                self.u0.copy_(self.u)
+            elif identity:
+                self.u[1::2] = self.u[0::2]
+            if self.u0 is not None and not identity:
+                self.u.add_(0.1 * torch.randn_like(self.u) * self.u.std())
+
+    def build(self) -> tuple[Tensor, Tensor]:
+        """Return ``U, M``, both (r, n), of the compact WY form (2r rows when orthonormal)."""
+        u0 = None if self.u0 is None else at_least_float32(self.u0)
+        return householder_factors(reflection_rows(at_least_float32(self.u), u0))
+
+    def rotate(self, x: Tensor, transpose: bool = False, inverse: bool = False) -> Tensor:
+        U, M = self.matrices()
+        # Q = I - M^T U, and the inverse is the transpose.
+        return add_low_rank_product(x, U, M) if transpose != inverse else add_low_rank_product(x, M, U)
+
+    def delta(self, weight: Tensor) -> Delta:
+        U, M = self.matrices()
+        return LowRank(-(weight @ U.to(weight.dtype).mT), M.to(weight.dtype))
+
+    def penalty(self) -> Tensor | None:
+        """``lambda ||I - U U^T||_F^2`` over the normalised directions, as in the paper (squared)."""
+        if self.orthogonality_weight == 0.0 or self.orthonormal:
+            return None
+        U = nn.functional.normalize(at_least_float32(self.u), dim=-1)
+        eye = torch.eye(U.shape[0], dtype=U.dtype, device=U.device)
+        return self.orthogonality_weight * torch.sum((U @ U.mT - eye) ** 2)
+
+
+@dataclass
+class HRAConfig(OrthoConfig):
+    """Configuration of HRA (arXiv 2405.17484): ``W' = W H_1 ... H_r``, a product of r Householder reflections.
+
+    Trains ``r n`` numbers per layer of n inputs; the update has rank r, so that it exports to a LoRA without loss.
+
+    Args:
+        r: number of reflections; even, for the identity at the start (any number when `orthonormal`).
+        orthonormal: keep the directions orthonormal (the paper's lambda = infinity), paired with a frozen copy so that
+            training starts at the identity.
+        orthogonality_weight: lambda of the paper's regulariser ``lambda ||I - U U^T||_F^2``; add `orthoft.penalty(model)`
+            to your loss (the recipes do).
+        rank_pattern: numbers of reflections of single layers, by module name or regular expression.
+
+    Raises:
+        ValueError: an odd r without `orthonormal`, r below 1, a negative weight.
+    """
+
+    r: int = field(default=8, metadata={"help": "Number of reflections, even."})
+    orthonormal: bool = field(default=False, metadata={"help": "Keep the directions orthonormal."})
+    orthogonality_weight: float = field(default=0.0, metadata={"help": "Weight of the paper's regulariser."})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Numbers of reflections of single layers, by name or expression."}
+    )
+
+    method = "hra"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for r in (self.r, *self.rank_pattern.values()):
+            if r < 1:
+                raise ValueError(f"r must be a positive number of reflections, got {r}")
+            if r % 2 and self.init_weights and not self.orthonormal:
+                raise ValueError(f"r must be even to start at the identity (reflections cancel in pairs), got {r}")
+        if self.orthogonality_weight < 0:
+            raise ValueError(f"orthogonality_weight must not be negative, got {self.orthogonality_weight}")
+
+    def make_adapter(self, key: str, in_features: int, out_features: int) -> Reflections:
+        r = self._by_pattern(self.rank_pattern, key, self.r)
+        if r > in_features:
+            raise ValueError(f"r = {r} reflections do not fit the {in_features} inputs of {key!r}: choose a smaller r")
+        return Reflections(in_features, r, self.orthonormal, self.orthogonality_weight)
+
+
+class HRALinear(OrthoLinear):
+    """A frozen linear layer with HRA adapters."""
+
+    adapter_layer_names = ("orthoft_hra_adapter",)
+
+
+class HRAModel(OrthoModel):
+    """A model whose linear layers carry HRA adapters."""
+
+    prefix = "orthoft_hra_"
+    tuner_layer_cls = HRALinear

@@ -1,0 +1,133 @@
+"""OFTv2: the input of a frozen layer is rotated block by block. arXiv 2506.19847."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from orthoft.adapter import InputRotation
+from orthoft.delta import Delta, Rotated
+from orthoft.linalg import RotationMap, add_block_product, at_least_float32, inverse_update, rotation_update
+from orthoft.tuner import OrthoConfig, OrthoLinear, OrthoModel
+
+LARGE_BLOCK = 64  # from here the series is no longer cheaper than the exact solve, and its argument no longer small
+
+
+class BlockRotation(InputRotation):
+    """``Q = blockdiag(R_1, ..., R_g)``, ``R_i`` the Cayley map (or its odd series) of a skew b x b matrix.
+
+    ``skew`` (g, b (b - 1) / 2) float32 holds the strict upper triangles, zero at the start: ``Q = I`` exactly.
+    With the exact map ``Q`` is orthogonal; with the series of degree D up to ``||S||^(2D)``.
+    """
+
+    def __init__(
+        self, features: int, block_size: int, map: RotationMap, degree: int, block_share: bool, dropout: float
+    ) -> None:
+        super().__init__()
+        self.block_size, self.map, self.degree, self.dropout = block_size, map, degree, dropout
+        blocks = 1 if block_share else features // block_size
+        self.skew = nn.Parameter(torch.empty(blocks, block_size * (block_size - 1) // 2))
+        self.features = features
+
+    def reset_parameters(self, identity: bool = True) -> None:
+        if identity:
+            nn.init.zeros_(self.skew)
+        else:
+            nn.init.normal_(self.skew, std=0.3 / self.block_size**0.5)
+
+    def build(self) -> Tensor:
+        """Return ``Q - I`` as blocks (g, b, b)."""
+        return rotation_update(at_least_float32(self.skew), self.block_size, self.map, self.degree)
+
+    def rotate(self, x: Tensor, transpose: bool = False, inverse: bool = False) -> Tensor:
+        update = self._drop(self.matrices())
+        if inverse and self.map == "cayley":
+            transpose, inverse = not transpose, False  # the inverse of an exact rotation is its transpose
+        update = update.mT if transpose else update
+        return add_block_product(x, inverse_update(update) if inverse else update)
+
+    def delta(self, weight: Tensor) -> Delta:
+        update = self.matrices().mT
+        return Rotated(weight, update.expand(self.features // self.block_size, -1, -1))
+
+    def merged(self, weight: Tensor, inverse: bool = False) -> Tensor:
+        with _evaluating(self):
+            return super().merged(weight, inverse)
+
+    def _drop(self, update: Tensor) -> Tensor:
+        """Multiplicative dropout: a block is left out, i.e. replaced by the identity, with probability ``dropout``."""
+        if not self.training or self.dropout == 0.0:
+            return update
+        blocks = self.features // self.block_size
+        keep = torch.rand(blocks, 1, 1, device=update.device) >= self.dropout
+        return update * keep
+
+
+@dataclass
+class OFTv2Config(OrthoConfig):
+    """Configuration of OFTv2 (arXiv 2506.19847): ``W' = W Q^T`` with a block-diagonal rotation ``Q`` of the inputs.
+
+    Trains ``n (b - 1) / 2`` numbers per layer of n inputs. Start from four times the learning rate of LoRA.
+
+    Args:
+        block_size: size b of the blocks; has to divide the number of inputs of each layer.
+        map: "series" (odd polynomial, three small products at degree 5, orthogonal to ``||S||^(2 degree)``) or
+            "cayley" (one small solve, exactly orthogonal). Blocks of 64 and more always take "cayley".
+        degree: degree of the series, odd.
+        block_share: one block for all, ``b (b - 1) / 2`` numbers per layer.
+        dropout: probability with which a block is left out of a training step.
+        block_size_pattern: block sizes of single layers, by module name or regular expression, as in `rank_pattern`.
+
+    Raises:
+        ValueError: an even degree, an unknown map, a dropout outside [0, 1), a block size below 2.
+    """
+
+    block_size: int = field(default=32, metadata={"help": "Size of the rotated blocks; divides the layer's inputs."})
+    map: RotationMap = field(default="series", metadata={"help": "'series' (odd polynomial) or 'cayley' (exact)."})
+    degree: int = field(default=5, metadata={"help": "Odd degree of the series."})
+    block_share: bool = field(default=False, metadata={"help": "One block for all blocks of a layer."})
+    dropout: float = field(default=0.0, metadata={"help": "Probability that a block is left out of a training step."})
+    block_size_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Block sizes of single layers, by name or regular expression."}
+    )
+
+    method = "oftv2"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choice("map", ("series", "cayley"))
+        if self.degree < 1 or self.degree % 2 == 0:
+            raise ValueError(f"degree must be odd (the defect is ||S||^(2 degree) then), got {self.degree}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        largest = max([self.block_size, *self.block_size_pattern.values()])
+        if self.map == "series" and largest >= LARGE_BLOCK:
+            warnings.warn(f"blocks of {largest} take the exact map: setting map='cayley'", stacklevel=3)
+            self.map = "cayley"
+
+    def make_adapter(self, key: str, in_features: int, out_features: int) -> BlockRotation:
+        size = self._by_pattern(self.block_size_pattern, key, self.block_size)
+        if size < 2 or in_features % size:
+            divisors = [d for d in range(2, in_features + 1) if in_features % d == 0]
+            near = sorted(divisors, key=lambda d: abs(d - size))[:4]
+            raise ValueError(
+                f"block_size {size} does not divide the {in_features} inputs of {key!r}: choose one of "
+                f"{sorted(near)}, or set block_size_pattern={{{key.rpartition('.')[2]!r}: ...}} for this layer"
+            )
+        return BlockRotation(in_features, size, self.map, self.degree, self.block_share, self.dropout)
+
+
+class OFTv2Linear(OrthoLinear):
+    """A frozen linear layer with OFTv2 adapters."""
+
+    adapter_layer_names = ("orthoft_oftv2_adapter",)
+
+
+class OFTv2Model(OrthoModel):
+    """A model whose linear layers carry OFTv2 adapters."""
+
+    prefix = "orthoft_oftv2_"
+    tuner_layer_cls = OFTv2Linear

@@ -1,0 +1,132 @@
+"""The transforms as pure functions: skew generators, the Cayley map and its series, block products, compact WY.
+
+Every function works in the dtype it is given, on any device, batched over leading dimensions, and is differentiable.
+Rotations are handled as their *update* ``Q - I``: it keeps small angles exact and survives a cast to bfloat16 better.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+RotationMap = Literal["series", "cayley"]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return ``x`` in float32, or unchanged when it is float32 or float64 already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def skew(entries: Tensor, size: int) -> Tensor:
+    """Return the skew-symmetric matrices with the given strict upper triangles.
+
+    Args:
+        entries: (..., size (size - 1) / 2), rows of the triangle one after the other.
+
+    Returns:
+        (..., size, size) with ``S = -S^T``.
+    """
+    rows, cols = torch.triu_indices(size, size, 1, device=entries.device)
+    flat = entries.new_zeros(*entries.shape[:-1], size * size)
+    upper = flat.index_copy(-1, rows * size + cols, entries).unflatten(-1, (size, size))
+    return upper - upper.mT
+
+
+def cayley_update(S: Tensor) -> Tensor:
+    """Return ``C(S) - I`` for the Cayley map ``C(S) = (I + S)(I - S)^{-1} = I + 2 (I - S)^{-1} S``.
+
+    ``C(S)`` is exactly orthogonal with determinant 1 for every skew ``S`` (..., b, b), and ``C(S)^T = C(-S)``.
+    """
+    eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+    return 2 * torch.linalg.solve(eye - S, S)
+
+
+def series_update(S: Tensor, degree: int = 5) -> Tensor:
+    """Return ``R(S) - I`` for the truncated Cayley map ``R(S) = (I + S)(I + S + ... + S^(degree-1))``.
+
+    Equal to ``I + 2S + 2S^2 + ... + 2S^(degree-1) + S^degree``. At odd degree D the defect is
+    ``||R^T R - I||_2 = ||S||_2^(2D)`` (even degrees would give ``2 ||S||^D``, so they are refused). Horner's rule in
+    ``S^2`` takes (D + 1) / 2 products. Cayley-Neumann parametrisation of OFTv2, arXiv 2506.19847.
+
+    Raises:
+        ValueError: ``degree`` is even or less than 1.
+    """
+    if degree < 1 or degree % 2 == 0:
+        raise ValueError(f"degree must be odd and positive (orthogonal to ||S||^(2 degree)), got {degree}")
+    if degree == 1:
+        return S
+    S2 = S @ S
+    eye2 = 2 * torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+    inner = eye2 + S
+    for _ in range((degree - 3) // 2):
+        inner = eye2 + 2 * S + S2 @ inner
+    return 2 * S + S2 @ inner
+
+
+def rotation_update(entries: Tensor, size: int, map: RotationMap = "series", degree: int = 5) -> Tensor:
+    """Return ``Q - I`` (..., size, size) of the rotations with the skew ``entries`` (..., size (size - 1) / 2)."""
+    S = skew(entries, size)
+    return cayley_update(S) if map == "cayley" else series_update(S, degree)
+
+
+def inverse_update(update: Tensor) -> Tensor:
+    """Return ``(I + D)^{-1} - I = -(I + D)^{-1} D`` for an update ``D`` (..., b, b)."""
+    eye = torch.eye(update.shape[-1], dtype=update.dtype, device=update.device)
+    return -torch.linalg.solve(eye + update, update)
+
+
+def add_block_product(x: Tensor, update: Tensor) -> Tensor:
+    """Return ``x (I + blockdiag(D_1, ..., D_g))`` without forming the n x n matrix.
+
+    Args:
+        x: (..., n), in any dtype; ``update`` is cast to it, ``x`` never is.
+        update: (g, b, b) with g b = n, or (1, b, b) for one block shared by all.
+    """
+    size = update.shape[-1]
+    blocks = x.unflatten(-1, (-1, size))  # (..., g, b)
+    update = update.to(x.dtype)
+    if update.shape[0] == 1:
+        return (blocks + blocks @ update[0]).flatten(-2)
+    rows = blocks.reshape(-1, blocks.shape[-2], size).transpose(0, 1)  # (g, rows, b), a view
+    product = torch.bmm(rows, update).transpose(0, 1)
+    return x + product.reshape(x.shape)
+
+
+def add_low_rank_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return ``x (I - L^T R)`` for rows ``x`` (..., n) and ``L``, ``R`` (r, n), as two thin products.
+
+    ``x`` may have any dtype; the factors are cast to it, ``x`` never is.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    thin = rows @ left.to(x.dtype).mT  # (rows, r)
+    return torch.addmm(rows, thin, right.to(x.dtype), alpha=-1).reshape(x.shape)
+
+
+def householder_factors(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``U, M`` (r, n) with ``H_1 H_2 ... H_r = I - U^T M`` for ``H_i = I - 2 u_i^T u_i / |u_i|^2``.
+
+    ``u`` (r, n) holds the reflection vectors as rows, ``U`` the normalised ones, and ``M = T U`` solves the triangular
+    system ``(triu(U U^T, 1) + I/2) M = U``: the compact WY form, exact for any vectors, also equal or parallel ones.
+    HRA, arXiv 2405.17484.
+    """
+    U = torch.nn.functional.normalize(u, dim=-1, eps=torch.finfo(u.dtype).tiny)
+    half = torch.eye(u.shape[0], dtype=u.dtype, device=u.device) / 2
+    M = torch.linalg.solve_triangular(torch.triu(U @ U.mT, 1) + half, U, upper=True)
+    return U, M
+
+
+def orthonormal_rows(u: Tensor) -> Tensor:
+    """Return rows spanning those of ``u`` (r, n), r <= n, orthonormal as Gram-Schmidt would leave them (signs too)."""
+    q, r = torch.linalg.qr(u.mT)
+    return (q * torch.sign(torch.diagonal(r))).mT
+
+
+def reflection_rows(u: Tensor, u0: Tensor | None = None) -> Tensor:
+    """Return the vectors HRA reflects along: ``u`` (r, n), or (2r, n) with a frozen ``u0`` for the orthonormal variant.
+
+    The paper's orthonormal variant, ``I - 2 U^T U`` with orthonormal rows, is never near the identity. Paired with the
+    reflection in the span it starts from, ``(I - 2 U0^T U0)(I - 2 U^T U)``, it is: equal spans cancel.
+    """
+    return u if u0 is None else torch.cat([orthonormal_rows(u0), orthonormal_rows(u)])

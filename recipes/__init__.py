@@ -1,0 +1,50 @@
+"""Recipes: a YAML file that names a base and tasks becomes experts, a merge of them, and a table.
+
+run("recipe.yaml", ["merge.method=ties"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from orthoft.recipes.load import RecipeError, load
+from orthoft.recipes.schema import Recipe
+
+__all__ = ["Recipe", "RecipeError", "load", "run"]
+
+
+def run(
+    recipe: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    until: Literal["finetune"] | None = None,
+    tasks: Sequence[str] | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Fine-tune each task of a recipe, evaluate, merge, export, evaluate the export; return ``results.json``.
+
+    A run that was broken off goes on where it stopped. Under `accelerate launch` all processes train together; the
+    first one does the rest and has the results.
+
+    Args:
+        recipe: a YAML file, or the same as a mapping.
+        overrides: ``place=value`` each, as ``tasks.0.training.max_steps=5``.
+        until: "finetune" stops when the experts are there.
+        tasks: names of the tasks to do, all unless given; only with ``until="finetune"``.
+        overwrite: start again where the output folder holds a run.
+        say: is told what happens, line by line.
+
+    Raises:
+        RecipeError: a ValueError with one line per mistake in the recipe, before anything is written.
+        FileNotFoundError: a file it names is not there.
+        FileExistsError: the output folder holds something else, or a finished run.
+    """
+    checked = load(recipe, overrides)
+    if tasks is not None and until != "finetune":
+        raise ValueError('a choice of tasks goes with until="finetune": a merge needs all of them')
+    from orthoft.recipes.pipeline import run_recipe  # torch comes in here, after the recipe is known to be sound
+
+    return run_recipe(checked, until=until, tasks=tasks, overwrite=overwrite, say=say)

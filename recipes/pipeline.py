@@ -1,0 +1,234 @@
+"""The whole story of a recipe: fine-tune each task, evaluate, merge, export, load the export again, tell."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import AutoTokenizer
+
+from orthoft.errors import unknown
+from orthoft.merging import MergeReport, merge
+from orthoft.merging.hub import find_folder
+from orthoft.recipes import evaluate
+from orthoft.recipes.data import SPLITS, batches, task_data
+from orthoft.recipes.finetune import Ready, fingerprint, finished, load_model, train
+from orthoft.recipes.head import Head, all_features, fit_probe
+from orthoft.recipes.prepare import RESULTS, check, open_output, quiet
+from orthoft.recipes.schema import CausalLM, Classification, Recipe, Task
+from orthoft.recipes.table import MERGED, gains, table
+
+Say = Callable[[str], None]
+
+
+def run_recipe(
+    recipe: Recipe, *, until: str | None, tasks: Sequence[str] | None, overwrite: bool, say: Say
+) -> dict[str, Any]:
+    """Do what a checked recipe says and return ``results.json``; see `orthoft.recipes.run`."""
+    chosen = [unit for unit in recipe.tasks if tasks is None or unit.name in tasks]
+    for name in tasks or ():
+        if name not in (names := [unit.name for unit in recipe.tasks]):
+            raise unknown("task", name, names)
+    with quiet():
+        check(recipe)
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
+        state = PartialState()  # as the TrainingArguments that were just checked have set it up
+        run = Run(
+            recipe, find_folder(recipe.base, "base"), Path(recipe.output), say if state.is_main_process else _silent
+        )
+        run.read(chosen)
+        if state.is_main_process:
+            open_output(recipe, run.out, overwrite)
+        state.wait_for_everyone()
+        run.finetune()
+        if until == "finetune" or not state.is_main_process:
+            return run.results
+        run.evaluate()
+        if recipe.merge is not None:
+            run.merge()
+        return run.finish()
+
+
+def _silent(line: str) -> None:
+    """Say nothing: what every process but the first says."""
+
+
+class Run:
+    """One recipe under way: where it writes, what is ready, and the results so far."""
+
+    def __init__(self, recipe: Recipe, base: Path, out: Path, say: Say) -> None:
+        self.recipe, self.base, self.out, self.say = recipe, base, out, say
+        self.tokenizer = AutoTokenizer.from_pretrained(str(base))
+        self.kind = recipe.tasks[0].kind
+        self.ready: list[Ready] = []
+        self.results: dict[str, Any] = {
+            "recipe": recipe.model_dump(mode="json"),
+            "versions": {name: version(name) for name in ("orthoft", "torch", "transformers", "peft")},
+            "machine": {"python": platform.python_version(), "threads": torch.get_num_threads()},
+            "times": {},
+            "experts": {},
+            "scores": {},
+            "samples": {},
+        }
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds of the block to ``times``."""
+        start = time.perf_counter()
+        yield
+        spent: dict[str, float] = self.results["times"]
+        spent[stage] = round(spent.get(stage, 0.0) + time.perf_counter() - start, 2)
+
+    def read(self, tasks: Sequence[Task]) -> None:
+        """Turn every task's data into tokens, so that a mistake there costs nothing."""
+        pad = self.tokenizer.pad_token_id
+        with self.timed("data"):
+            for task in tasks:
+                data = task_data(task, self.tokenizer, self.recipe.seed)
+                mark = fingerprint(self.recipe, task, self.base)
+                self.ready.append(Ready(task, data, None, 0 if pad is None else pad, mark))
+
+    def finetune(self) -> None:
+        """Train one expert after the other, or take up a finished one."""
+        for i, ready in enumerate(self.ready):
+            task, data, folder = ready.task, ready.data, self.expert(ready.task.name)
+            unit = f"{len(data.classes)} classes" if data.classes else f"blocks of {len(data.train[0]['input_ids'])}"
+            self.say(f"{task.name}: {', '.join(f'{len(getattr(data, s))} {s}' for s in SPLITS)}, {unit}")
+            known = finished(folder, ready.mark)
+            ready = self.ready[i] = self._with_head(ready, fit=known is None) if data.classes else ready
+            if known is None:
+                with self.timed("finetune"):
+                    known = train(self.recipe, ready, self.base, folder)
+                last = f", loss {known['losses'][-1][1]:.3f}" if known["losses"] else ""
+                self.say(f"  {task.adapter.type}, {known['parameters']:,} parameters: {known['steps']} steps{last}")
+            else:
+                self.say(f"  reused {folder}")
+            self.results["experts"][task.name] = {"folder": str(folder)} | known
+
+    def _with_head(self, ready: Ready, fit: bool) -> Ready:
+        """Fit the probe in the main process, and let every process read it from disk."""
+        state, task = PartialState(), ready.task
+        assert isinstance(task, Classification)
+        file = self.out / "heads" / f"{task.name}.safetensors"
+        if state.is_main_process and (fit or not file.is_file()):
+            with self.timed("probe"):
+                encoder = load_model(self.kind, self.base, self.recipe.dtype)
+                found = [
+                    all_features(
+                        encoder, batches(rows, self.recipe.evaluate.batch_size, ready.pad, f"{task.name} probe")
+                    )
+                    for rows in (ready.data.train, ready.data.tuning)
+                ]
+                fit_probe(found[0], found[1], ready.data.classes, task.max_length).save(file)
+        state.wait_for_everyone()
+        return replace(ready, head=Head.load(file))
+
+    def evaluate(self) -> None:
+        """Score the base on every task, and each expert, read from disk, on its own task or on all."""
+        self.say("evaluating")
+        with self.timed("evaluate"):
+            self.score("base", self.load_base(), self.ready)
+            for ready in self.ready:
+                expert = peft.PeftModel.from_pretrained(self.load_base(), str(self.expert(ready.task.name)))
+                self.score(ready.task.name, expert, self.ready if self.recipe.evaluate.cross else [ready])
+
+    def merge(self) -> None:
+        """Merge the experts, write the exports, and score each as a stranger would load it."""
+        export = self.recipe.export
+        self.say("merging")
+        merged = self._merged("merge", self.out / "merged", output="checkpoint", dtype=export.dtype)
+        for note in merged.notes:
+            self.say(f"  {note}")
+        with self.timed("evaluate"):
+            norms = {weight.name: weight.norm for weight in merged.merged}
+            self.results["export_check"] = evaluate.export_check(self.base, self.out / "merged", norms)
+            self.score("merge", load_model(self.kind, self.out / "merged", self.recipe.dtype), self.ready)
+        if export.lora is not None:
+            self._merged("merge-lora", self.out / "merged-lora", output="lora", rank=export.lora.rank)
+            with self.timed("evaluate"):
+                lora = peft.PeftModel.from_pretrained(self.load_base(), str(self.out / "merged-lora"))
+                self.score("merge-lora", lora, self.ready)
+
+    def _merged(self, row: str, folder: Path, **output: Any) -> MergeReport:
+        wanted = self.recipe.merge
+        assert wanted is not None
+        report = merge(
+            self.base,
+            [(ready.task.name, self.expert(ready.task.name)) for ready in self.ready],
+            folder,
+            method=wanted.method,
+            space=wanted.space,
+            weights=wanted.task_weights(len(self.ready)),
+            overwrite=True,
+            seed=self.recipe.seed,
+            progress=sys.stderr.isatty(),
+            **output,
+            **wanted.params,
+        )
+        self.results[row] = report.to_dict()
+        self.results["times"][row] = round(report.seconds, 2)
+        return report
+
+    def score(self, row: str, model: nn.Module, tasks: Sequence[Ready]) -> None:
+        """Evaluate a model on the test splits of tasks."""
+        for ready in tasks:
+            task, name = ready.task, ready.task.name
+            rows = batches(ready.data.test, self.recipe.evaluate.batch_size, ready.pad, f"{row} on {name}")
+            if ready.head is not None:
+                scores = evaluate.classification(model, ready.head, rows)
+            else:
+                scores = evaluate.causal_lm(model, rows)
+            self.results["scores"].setdefault(row, {})[name] = scores
+            if isinstance(task, CausalLM) and task.prompt is not None and row in ("base", name, "merge"):
+                text = evaluate.sample(model, self.tokenizer, task.prompt, task.new_tokens)
+                self.results["samples"].setdefault(name, {})[row] = text
+
+    def load_base(self) -> Any:
+        return load_model(self.kind, self.base, self.recipe.dtype)
+
+    def expert(self, name: str) -> Path:
+        return self.out / "experts" / name
+
+    def finish(self) -> dict[str, Any]:
+        """Write ``results.json``, show the table and say how to load what was merged."""
+        scores, names = self.results["scores"], [ready.task.name for ready in self.ready]
+        merged = [row for row in MERGED if row in scores]
+        self.results["gain_kept"] = {row: gains(scores, names, self.kind, row) for row in merged}
+        text, partial = json.dumps(self.results, indent=2), self.out / f".{RESULTS}.partial"
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.rename(self.out / RESULTS)
+        self.say("\n" + table(scores, names, self.kind))
+        for name, by_row in self.results["samples"].items():
+            prompt = next(task.prompt for task in self.recipe.tasks if task.name == name and isinstance(task, CausalLM))
+            self.say(f"\n{name}: {prompt!r} goes on")
+            for row, continuation in by_row.items():
+                self.say(f"  {row}: {' '.join(continuation.split())}")
+        self.say(f"\nresults: {self.out / RESULTS}")
+        if merged:
+            self.say(how_to_load(self.kind, self.out / "merged"))
+        told: dict[str, Any] = json.loads(text)
+        return told
+
+
+def how_to_load(kind: str, folder: Path) -> str:
+    """Return the words that end a run: where the merged model is, and the Python that loads it."""
+    auto = "AutoModelForCausalLM" if kind == "causal-lm" else "AutoModel"
+    return (
+        f"merged model: {folder}\n\n"
+        f"    from transformers import {auto}, AutoTokenizer\n"
+        f'    model = {auto}.from_pretrained("{folder}")\n'
+        f'    tokenizer = AutoTokenizer.from_pretrained("{folder}")'
+    )

@@ -1,0 +1,96 @@
+"""Before the work: what only the registries can check, the output folder, and quiet libraries."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import transformers
+import yaml
+
+from orthoft.merging import READERS
+from orthoft.merging.methods import get_method
+from orthoft.merging.spaces import choose_space
+from orthoft.recipes.finetune import adapter_config, training_arguments
+from orthoft.recipes.load import RecipeError
+from orthoft.recipes.schema import Recipe
+
+RESULTS, RECIPE = "results.json", "recipe.yaml"
+OURS = ("experts", "heads", "merged", "merged-lora", RESULTS, RECIPE)
+
+
+def check(recipe: Recipe) -> None:
+    """Check adapters, training arguments and the merge against the libraries that define them.
+
+    Raises:
+        RecipeError: one line per mistake.
+    """
+    mistakes: list[str] = []
+
+    def attempt(place: str, check: Callable[[], object]) -> None:
+        try:
+            check()
+        except (ValueError, TypeError, ImportError) as error:
+            mistakes.append(f"{place}: {' '.join(str(error).split())}")
+
+    for i, task in enumerate(recipe.tasks):
+        attempt(f"tasks[{i}].adapter", partial(_mergeable, recipe, task.adapter, task.kind))
+        attempt(f"tasks[{i}].training", partial(training_arguments, recipe, task, Path(recipe.output)))
+    if (wanted := recipe.merge) is not None:
+        attempt("merge", lambda: get_method(wanted.method).bind(wanted.params))
+        attempt("merge", lambda: choose_space(wanted.space, commutes=True, factored=True))
+    if mistakes:
+        raise RecipeError("\n".join(mistakes))
+
+
+def _mergeable(recipe: Recipe, adapter: Any, kind: str) -> None:
+    config = adapter_config(adapter, kind)
+    if recipe.merge is not None and config.peft_type not in READERS:
+        raise ValueError(f"type {adapter.type!r} cannot be merged, only {', '.join(READERS)} can")
+
+
+def open_output(recipe: Recipe, out: Path, overwrite: bool) -> None:
+    """Make the output folder and write the recipe into it; an unfinished run of the same training is taken up again.
+
+    Overwriting removes what a run writes, and nothing else.
+
+    Raises:
+        FileExistsError: there is something else, or a finished run, or one that trains otherwise.
+    """
+    words = recipe.model_dump(mode="json")
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / RECIPE).is_file())):
+        raise FileExistsError(f"{out} exists and is not a run of a recipe: choose another output")
+    if overwrite:
+        for name in OURS:
+            path = out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    elif (out / RESULTS).is_file():
+        raise FileExistsError(f"{out} holds a finished run: give --overwrite to start again, or choose another output")
+    elif (out / RECIPE).is_file():
+        before = yaml.safe_load((out / RECIPE).read_text(encoding="utf-8"))
+        if any(before.get(key) != words[key] for key in ("base", "dtype", "seed", "tasks")):
+            raise FileExistsError(f"{out} holds a run of another recipe: give --overwrite, or choose another output")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / RECIPE).write_text(yaml.safe_dump(words, sort_keys=False), encoding="utf-8")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the libraries' hints and bars, for the block only: what matters is said by the pipeline."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(peft|transformers|torch|accelerate|datasets)\b")
+            yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

@@ -1,0 +1,246 @@
+"""What a recipe may say: strict models that know nothing of torch, so that a mistake is answered at once."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import os
+import re
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from orthoft.errors import unknown
+
+Split = Literal["train", "tuning", "test"]
+TaskKind = Literal["classification", "causal-lm"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+S = TypeVar("S", bound="Strict")
+
+
+class Strict(BaseModel):
+    """A model that converts nothing and refuses unknown keys, naming the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _name_unknown_keys(cls: type[S], value: Any, check: Callable[[Any], S]) -> S:
+        try:
+            return check(value)
+        except ValidationError as error:
+            raise ValidationError.from_exception_data(
+                cls.__name__, [_renamed(e, cls) for e in error.errors()]
+            ) from None
+
+
+def _renamed(error: Any, model: type[BaseModel]) -> InitErrorDetails:
+    """Return a line error in our words: an unknown key of ``model`` names the nearest, a wrong type what came."""
+    kind, message, loc = error["type"], error["msg"], error["loc"]
+    if kind == "extra_forbidden" and len(loc) == 1:
+        kind, message = "unknown_key", f"unknown key, {_nearest(loc[0], model)}"
+    elif kind == "union_tag_invalid":
+        kind, message = "unknown_kind", str(unknown("kind", error["ctx"]["tag"], get_args(TaskKind)))
+    elif kind == "union_tag_not_found":
+        kind, message = "missing", f"kind is missing: one of {', '.join(get_args(TaskKind))}"
+    elif kind == "missing":
+        message = "missing"
+    elif message.startswith("Input should be "):
+        came = repr(error["input"])
+        came = came if len(came) <= 60 else f"{came[:57]}..."
+        message = f"expected {message.removeprefix('Input should be ')}, got {came}"
+    return InitErrorDetails(type=PydanticCustomError(kind, message), loc=loc, input=error["input"])
+
+
+def _nearest(key: object, model: type[BaseModel]) -> str:
+    known = list(model.model_fields)
+    if near := difflib.get_close_matches(str(key), known, n=1, cutoff=0.5):
+        return f"did you mean {near[0]!r}?"
+    return (
+        f"known are {', '.join(known)}" if len(known) <= 20 else f"it is none of the {len(known)} of {model.__name__}"
+    )
+
+
+def expanded(path: str) -> str:
+    """Return ``path`` with ``~`` and ``$VAR`` replaced.
+
+    Raises:
+        ValueError: a variable is not set.
+    """
+    path = os.path.expandvars(os.path.expanduser(path))
+    if unset := re.search(r"\$(\w+|\{\w+\})", path):
+        raise ValueError(f"the environment variable {unset[0]} is not set")
+    return path
+
+
+PathText = Annotated[str, AfterValidator(expanded)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+@cache
+def training_model() -> type[Strict]:
+    """Return a model of transformers' ``TrainingArguments``, read from its source: importing it would import torch."""
+    spec = find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("recipes need transformers")
+    tree = ast.parse(Path(spec.submodule_search_locations[0], "training_args.py").read_text(encoding="utf-8"))
+    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "TrainingArguments")
+    fields: dict[str, Any] = {
+        s.target.id: (_annotation(s.annotation), None)
+        for s in body
+        if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name) and s.target.id != "output_dir"
+    }
+    return create_model("TrainingArguments", __base__=Strict, **fields)
+
+
+def _annotation(node: ast.expr) -> Any:
+    """Return the type an annotation names, with ``Any`` for every name that is not Python's own."""
+    types: dict[str, Any] = dict.fromkeys((n.id for n in ast.walk(node) if isinstance(n, ast.Name)), Any)
+    types |= {t.__name__: t for t in (str, int, float, bool, dict, list)} | {"Literal": Literal}
+    return eval(compile(ast.Expression(node), "training_args", "eval"), {}, types)
+
+
+def _training(value: Any) -> dict[str, Any]:
+    return training_model().model_validate(value).model_dump(exclude_unset=True)
+
+
+class Adapter(BaseModel):
+    """``type`` and the fields of its config class, which are checked once PEFT is imported."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    type: str
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Data(Strict):
+    """Files (JSONL, CSV, Parquet), or the splits of a ``datasets`` name in its own notation, as ``train[:90%]``."""
+
+    dataset: str | None = None
+    subset: str | None = None
+    train: PathText
+    tuning: PathText | None = None
+    test: PathText
+    text: str = "text"
+    limit: dict[Split, PositiveInt] = {}
+
+    @model_validator(mode="after")
+    def _subset_of_a_dataset(self) -> Data:
+        if self.subset is not None and self.dataset is None:
+            raise ValueError("subset belongs to a dataset, which is not given")
+        return self
+
+
+class LabelledData(Data):
+    """Texts with a label each."""
+
+    label: str = "label"
+
+
+class TaskBase(Strict):
+    """What every task says: data, adapter, and training in the words of transformers' ``TrainingArguments``."""
+
+    name: Name
+    adapter: Adapter
+    training: Annotated[dict[str, Any], BeforeValidator(_training)] = {}
+
+
+class Classification(TaskBase):
+    """A frozen linear probe on mean-pooled features, then an adapter under it."""
+
+    kind: Literal["classification"]
+    data: LabelledData
+    max_length: PositiveInt = 128
+
+
+class CausalLM(TaskBase):
+    """Next-token prediction on text packed into blocks."""
+
+    kind: Literal["causal-lm"]
+    data: Data
+    block_size: PositiveInt = 512
+    prompt: str | None = None
+    new_tokens: PositiveInt = 40
+
+
+Task = Classification | CausalLM
+
+
+class Merge(Strict):
+    """One call of ``orthoft.merging.merge``; one number in ``weights`` stands for all tasks."""
+
+    method: str
+    space: str = "auto"
+    weights: float | list[float] | None = None
+    params: dict[str, Any] = {}
+
+    def task_weights(self, tasks: int) -> list[float] | None:
+        """Return one number per task, or None where the recipe gives none."""
+        return [self.weights] * tasks if isinstance(self.weights, int | float) else self.weights
+
+
+class Lora(Strict):
+    """The merge as one LoRA adapter; without a rank, the sum of the experts' ranks."""
+
+    rank: PositiveInt | None = None
+
+
+class Export(Strict):
+    """The merged checkpoint's dtype (the base's own unless given), and a LoRA adapter beside it if wanted."""
+
+    dtype: Dtype | None = None
+    lora: Lora | None = None
+
+
+class Evaluate(Strict):
+    """``cross``: every expert on every task's test split, not on its own only."""
+
+    cross: bool = False
+    batch_size: PositiveInt = 32
+
+
+class Recipe(Strict):
+    """A base, tasks, and what becomes of them. Relative paths start at the current directory."""
+
+    name: Name
+    base: PathText
+    dtype: Dtype | None = None
+    output: PathText
+    seed: int = 0
+    threads: PositiveInt | None = None
+    defaults: None = Field(None, exclude=True)  # laid under the tasks before they are checked
+    tasks: Annotated[list[Annotated[Task, Field(discriminator="kind")]], Field(min_length=1)]
+    evaluate: Evaluate = Evaluate()
+    merge: Merge | None = None
+    export: Export = Export()
+
+    @model_validator(mode="after")
+    def _tasks_agree(self) -> Recipe:
+        names = [task.name for task in self.tasks]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two tasks have the name {min(twice)!r}")
+        if taken := {"base", "merge", "merge-lora"} & {*names}:
+            raise ValueError(f"a task cannot be called {min(taken)!r}, which is a row of the table")
+        if len(kinds := {task.kind for task in self.tasks}) > 1:
+            raise ValueError(f"the tasks of one recipe share one kind, got {' and '.join(sorted(kinds))}")
+        weights = self.merge.weights if self.merge else None
+        if isinstance(weights, list) and len(weights) != len(names):
+            raise ValueError(f"merge.weights has {len(weights)} numbers for {len(names)} tasks")
+        return self

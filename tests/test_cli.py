@@ -1,0 +1,316 @@
+"""The command line: what it prints, what it exits with, and that bad input leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from tiny import label_task, save_bert
+
+from orthoft.cli import main, parse_param, parse_source
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT, a wider one, and two LoRAs of the first with different targets."""
+    import peft
+    from transformers import AutoModel
+
+    folder = tmp_path_factory.mktemp("models")
+    save_bert(folder / "bert")
+    label_task(folder / "a", 0, seed=0)
+    label_task(folder / "b", 6, seed=1)
+    for name, targets in (("query", ["query"]), ("value", ["value"])):
+        torch.manual_seed(1)
+        model = AutoModel.from_pretrained(folder / "bert")
+        config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        peft.get_peft_model(model, config).save_pretrained(folder / name)
+    return folder
+
+
+def recipe(models: Path, folder: Path) -> Path:
+    """Write a recipe of two tasks and a few steps to ``folder``."""
+
+    def task(name: str, adapter: dict[str, object]) -> dict[str, object]:
+        splits = ("train", "tuning", "test")
+        return {"name": name, "adapter": adapter, "data": {s: str(models / name / f"{s}.jsonl") for s in splits}}
+
+    words = {
+        "name": "tiny",
+        "base": str(models / "bert"),
+        "output": str(folder / "out"),
+        "defaults": {
+            "kind": "classification",
+            "adapter": {"target_modules": "all-linear", "exclude_modules": ["pooler.dense"]},
+            "training": {"max_steps": 4, "learning_rate": 1e-2},
+        },
+        "tasks": [task("a", {"type": "oftv2", "block_size": 8}), task("b", {"type": "hra", "r": 4})],
+        "merge": {"method": "mean"},
+    }
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(words), encoding="utf-8")
+    return file
+
+
+def outcome(*arguments: str | Path) -> int:
+    """Run the command line in this process and return its exit code."""
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+def merging(models: Path, out: Path, *sources: str | Path, method: str = "mean") -> list[str]:
+    named = [text for source in sources for text in ("--source", str(source))]
+    return ["merge", "--base", str(models / "bert"), *named, "--method", method, "--output", str(out)]
+
+
+# What it answers
+
+
+def test_help_teaches_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom orthoft.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "print('heavy:', *{'torch', 'peft', 'transformers', 'pydantic'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1].strip() == "heavy:"
+    for command in ("run", "finetune", "merge", "convert", "inspect", "methods"):
+        assert f"\n  {command} " in done.stdout
+
+
+@pytest.mark.parametrize("command", ["run", "finetune", "merge", "convert", "inspect", "methods"])
+def test_every_command_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome(command, "--help") == 0
+    assert f"Example: orthoft {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_methods_are_listed_from_the_registries(capsys: pytest.CaptureFixture[str]) -> None:
+    from orthoft.adapters import ADAPTERS
+    from orthoft.merging import METHODS, SPACES
+
+    assert outcome("methods", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [list(found[kind]) for kind in ("methods", "spaces", "adapters")] == [
+        list(METHODS),
+        list(SPACES),
+        list(ADAPTERS),
+    ]
+    assert found["methods"]["opcm"]["parameters"] == {"alpha": 0.5}
+    assert all(entry["says"] for kind in ("methods", "spaces", "outputs", "adapters") for entry in found[kind].values())
+    assert outcome("methods") == 0
+    assert "alpha=0.5" in capsys.readouterr().out
+
+
+def test_inspect_tells_an_adapter_and_a_checkpoint(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome("inspect", models / "query", models / "bert", "--json") == 0
+    adapter, checkpoint = json.loads(capsys.readouterr().out)
+    tensors = load_file(models / "query" / "adapter_model.safetensors")
+    assert (adapter["kind"], adapter["type"], adapter["targets"]) == ("adapter", "LORA", ["query"])
+    assert adapter["fields"]["r"] == 2
+    assert adapter["parameters"] == sum(tensor.numel() for tensor in tensors.values()) == 2 * 2 * 2 * 32
+    assert adapter["norm"] == pytest.approx(torch.cat([t.flatten() for t in tensors.values()]).norm().item(), rel=1e-5)
+    module = adapter["modules"]["encoder.layer.0.attention.self.query"]
+    assert module["shapes"] == {"lora_A.weight": [2, 32], "lora_B.weight": [32, 2]}
+    assert (checkpoint["kind"], checkpoint["type"], checkpoint["merged"]) == ("checkpoint", "bert", None)
+    assert outcome("inspect", models / "query") == 0
+    assert "encoder.layer.1.attention.self.query: 128 parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("runs/a", ("runs/a", None)),
+        ("law=runs/a:0.5", (("law", "runs/a"), 0.5)),
+        ("runs/a:-1e-2", ("runs/a", -0.01)),
+        ("C:\\models", ("C:\\models", None)),
+    ],
+)
+def test_a_source_has_a_name_and_a_weight(text: str, parsed: object) -> None:
+    assert parse_source(text) == parsed
+
+
+def test_a_parameter_is_a_yaml_value() -> None:
+    assert [parse_param(text) for text in ("density=3e-1", "x=true", "y=sum")] == [
+        ("density", 0.3),
+        ("x", True),
+        ("y", "sum"),
+    ]
+
+
+def test_merge_says_what_it_did(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = merging(models, tmp_path / "m", f"q={models / 'query'}:0.5", models / "value", method="task_arithmetic")
+    assert outcome(*command) == 0
+    said = capsys.readouterr()
+    assert "note: q and value change disjoint sets of weights" in said.out
+    assert f"{tmp_path / 'm'}: 4 weights merged by task_arithmetic" in said.out
+    name = "encoder.layer.0.attention.self.query"
+    lora = load_file(models / "query" / "adapter_model.safetensors")
+    B, A = (lora[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "BA")
+    base = load_file(models / "bert" / "model.safetensors")[f"{name}.weight"]
+    merged = load_file(tmp_path / "m" / "model.safetensors")[f"{name}.weight"]
+    assert torch.allclose(merged, base + 0.5 * 4 * B @ A, atol=1e-6)  # the default lora_alpha is 8: a scale of 4
+
+
+def test_merge_as_a_truncated_lora(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = merging(models, tmp_path / "m", models / "query", models / "value", method="task_arithmetic")
+    assert outcome(*command, "--as", "lora", "--rank", "1") == 0
+    assert "truncated to rank 1: relative error 0." in capsys.readouterr().out
+    assert (tmp_path / "m" / "adapter_config.json").is_file()
+
+
+# What it refuses: one line, exit code 2, nothing written
+
+
+def test_a_wrong_key_in_a_recipe(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = recipe(models, tmp_path)
+    assert outcome("run", file, "--set", "tasks.1.trainng={}") == 2
+    assert capsys.readouterr().err == "error: tasks[1].trainng: unknown key, did you mean 'training'?\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["run", "nowhere.yaml"], "error: no such recipe: {here}/nowhere.yaml"),
+        (["run"], "error: Missing argument 'RECIPE' (see orthoft run --help)"),
+        (["rum"], "error: No such command 'rum'"),
+        (["finetune", "recipe.yaml", "--task", "c"], "error: unknown task 'c'. Choose from: a, b"),
+        (
+            ["run", "recipe.yaml", "--set", "merge.method=meen"],
+            "error: merge: unknown merge method 'meen', did you mean ",
+        ),
+        (["inspect", "nowhere"], "error: no folder {here}/nowhere"),
+        (["convert", "nowhere", "out", "--to", "dora"], "error: unknown format 'dora', did you mean 'lora'?"),
+        (["convert", "nowhere", "out", "--to", "lora"], "error: "),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str],
+    line: str,
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe(models, tmp_path)
+    assert outcome(*arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(line.format(here=tmp_path))
+    assert len(said.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def edited(models: Path, folder: Path, edit: str) -> Path:
+    """Return a copy of the query adapter that is broken in one way."""
+    import shutil
+
+    bad = folder / "bad"
+    shutil.copytree(models / "query", bad)
+    file = bad / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "lora_A" in name)
+    if edit == "missing":
+        file.unlink()
+    elif edit == "truncated":
+        file.write_bytes(file.read_bytes()[:-40])
+    elif edit == "nan":
+        tensors[name][0, 0] = float("nan")
+        save_file(tensors, file)
+    else:
+        save_file(tensors | {name: torch.zeros(2, 48)}, file)
+    return bad
+
+
+@pytest.mark.parametrize("edit", ["missing", "truncated", "nan", "another base"])
+def test_a_broken_adapter_is_one_line(
+    edit: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = edited(models, tmp_path, edit)
+    assert outcome(*merging(models, tmp_path / "m", bad)) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert said.startswith("error: ")
+    assert "bad" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad"]
+
+
+def test_an_output_that_exists(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "m"
+    out.mkdir()
+    (out / "mine").write_text("mine", encoding="utf-8")
+    assert outcome(*merging(models, out, models / "query")) == 2
+    assert capsys.readouterr().err.startswith(f"error: output folder exists: {out}")
+    assert [path.name for path in out.iterdir()] == ["mine"]
+    assert outcome(*merging(models, out, models / "query"), "--overwrite") == 0
+    assert (out / "model.safetensors").is_file()
+
+
+def test_an_unknown_method(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome(*merging(models, tmp_path / "m", models / "query", method="tiess")) == 2
+    assert capsys.readouterr().err.startswith("error: unknown merge method 'tiess', did you mean 'ties'? Choose from: ")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_failure_exits_with_1_and_a_traceback_only_when_asked(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(path: Path) -> None:
+        raise RuntimeError("the disk\nis full")
+
+    monkeypatch.setattr("orthoft.recipes.describe.describe", broken)
+    assert outcome("inspect", models / "query") == 1
+    assert capsys.readouterr().err == "error: RuntimeError: the disk is full\n"
+    assert outcome("--debug", "inspect", models / "query") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+# Whole commands, as processes
+
+
+def test_finetune_then_run_by_the_command_line(models: Path, tmp_path: Path) -> None:
+    file = recipe(models, tmp_path)
+    command = [sys.executable, "-m", "orthoft.cli"]
+    first = subprocess.run([*command, "finetune", file, "--task", "b"], capture_output=True, text=True)
+    assert (first.returncode, first.stderr) == (0, "")
+    assert first.stdout.endswith(f"b: {tmp_path / 'out' / 'experts' / 'b'}\n")
+    second = subprocess.run([*command, "run", file], capture_output=True, text=True)
+    assert (second.returncode, second.stderr) == (0, "")
+    assert f"  reused {tmp_path / 'out' / 'experts' / 'b'}\n" in second.stdout
+    assert "gain kept" in second.stdout
+    *_, loading, model, tokenizer = second.stdout.splitlines()
+    assert loading.strip() == "from transformers import AutoModel, AutoTokenizer"
+    loaded = subprocess.run(
+        [sys.executable, "-c", "\n".join(line.strip() for line in (loading, model, tokenizer, "print(type(model))"))],
+        capture_output=True,
+        text=True,
+    )
+    assert "BertModel" in loaded.stdout
+
+
+def test_ctrl_c_is_one_line_and_130(models: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "orthoft.cli", "run", recipe(models, tmp_path), "--set"]
+    process = subprocess.Popen(
+        [*command, "defaults.training.max_steps=100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("a: 256 train")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "error: interrupted\n")
+    assert not (tmp_path / "out" / "experts" / "a").exists()
