@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from orthoft.merging.tensors import read_json
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
@@ -29,3 +31,19 @@ def find_folder(where: str | Path, what: str) -> Path:
         raise FileNotFoundError(
             f"{what}: no folder {folder.absolute()}, and the Hub gave no repository {where!r} ({reason})"
         ) from error
+
+
+def base_of(adapter: str | Path) -> str:
+    """Return the base model that an adapter's configuration names.
+
+    Raises:
+        FileNotFoundError: there is no adapter at that place.
+        ValueError: the configuration names no base.
+    """
+    config = find_folder(adapter, "adapter") / "adapter_config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"no adapter in {config.parent}: it has no adapter_config.json")
+    base = read_json(config).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{config} names no base model: say which one it was trained on (base)")
+    return str(base)

@@ -1,1 +1,47 @@
-"""orthoft."""
+"""Orthogonal fine-tuning of Hugging Face models, and merging of what was trained, as factors.
+
+Importing orthoft makes its adapters known to PEFT: at once if PEFT is loaded, else in the moment it is. So the import
+costs nothing by itself, and the command line and the merging engine work without PEFT.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from orthoft._on_import import after_import
+
+if TYPE_CHECKING:
+    from orthoft.adapters import ADAPTERS, HRAConfig, OFTv2Config
+    from orthoft.convert import to_lora
+    from orthoft.tuner import penalty
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ADAPTERS": "orthoft.adapters",
+    "HRAConfig": "orthoft.adapters",
+    "OFTv2Config": "orthoft.adapters",
+    "penalty": "orthoft.tuner",
+    "to_lora": "orthoft.convert",
+}
+__all__ = ["ADAPTERS", "HRAConfig", "OFTv2Config", "penalty", "to_lora"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'orthoft' has no attribute {name!r}")
+    if name != "to_lora":
+        import_module("orthoft.adapters")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+if "peft" in sys.modules:
+    import_module("orthoft.adapters")
+else:
+    after_import("peft", "orthoft.adapters")

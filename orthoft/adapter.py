@@ -73,7 +73,7 @@ class InputRotation(Adapter):
         """Return ``x Q`` for rows ``x`` (..., n), with ``Q^T``, ``Q^-1`` or ``Q^-T`` in its place by the flags."""
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
-        return linear(self.rotate(_autocast(x)))
+        return linear(self.rotate(cast_for_autocast(x)))
 
     def merged(self, weight: Tensor, inverse: bool = False) -> Tensor:
         return self.rotate(weight, transpose=True, inverse=inverse)
@@ -86,7 +86,7 @@ def _unchanged(seen: list[tuple[Tensor, int]], state: list[Tensor]) -> bool:
     )
 
 
-def _autocast(x: Tensor) -> Tensor:
+def cast_for_autocast(x: Tensor) -> Tensor:
     """Cast ``x`` once where autocast would cast it in each product, so that one copy is saved for backward."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:

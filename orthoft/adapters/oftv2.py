@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from orthoft.adapter import InputRotation
+from orthoft.adapter import InputRotation, Linear, cast_for_autocast
 from orthoft.delta import Delta, Rotated
 from orthoft.linalg import RotationMap, add_block_product, at_least_float32, inverse_update, rotation_update
 from orthoft.tuner import OrthoConfig, OrthoLinear, OrthoModel
@@ -43,7 +43,7 @@ class BlockRotation(InputRotation):
         return rotation_update(at_least_float32(self.skew), self.block_size, self.map, self.degree)
 
     def rotate(self, x: Tensor, transpose: bool = False, inverse: bool = False) -> Tensor:
-        update = self._drop(self.matrices())
+        update = self.matrices()
         if inverse and self.map == "cayley":
             transpose, inverse = not transpose, False  # the inverse of an exact rotation is its transpose
         update = update.mT if transpose else update
@@ -53,9 +53,8 @@ class BlockRotation(InputRotation):
         update = self.matrices().mT
         return Rotated(weight, update.expand(self.features // self.block_size, -1, -1))
 
-    def merged(self, weight: Tensor, inverse: bool = False) -> Tensor:
-        with _evaluating(self):
-            return super().merged(weight, inverse)
+    def forward(self, x: Tensor, linear: Linear) -> Tensor:
+        return linear(add_block_product(cast_for_autocast(x), self._drop(self.matrices())))
 
     def _drop(self, update: Tensor) -> Tensor:
         """Multiplicative dropout: a block is left out, i.e. replaced by the identity, with probability ``dropout``."""
@@ -70,7 +69,7 @@ class BlockRotation(InputRotation):
 class OFTv2Config(OrthoConfig):
     """Configuration of OFTv2 (arXiv 2506.19847): ``W' = W Q^T`` with a block-diagonal rotation ``Q`` of the inputs.
 
-    Trains ``n (b - 1) / 2`` numbers per layer of n inputs. Start from four times the learning rate of LoRA.
+    Trains ``n (b - 1) / 2`` numbers per layer of n inputs.
 
     Args:
         block_size: size b of the blocks; has to divide the number of inputs of each layer.
