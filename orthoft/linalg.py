@@ -30,7 +30,7 @@ def skew(entries: Tensor, size: int) -> Tensor:
     """
     rows, cols = torch.triu_indices(size, size, 1, device=entries.device)
     flat = entries.new_zeros(*entries.shape[:-1], size * size)
-    upper = flat.index_copy(-1, rows * size + cols, entries).unflatten(-1, (size, size))
+    upper = flat.index_copy(-1, rows * size + cols, entries).reshape(*entries.shape[:-1], size, size)
     return upper - upper.mT
 
 
@@ -40,7 +40,8 @@ def cayley_update(S: Tensor) -> Tensor:
     ``C(S)`` is exactly orthogonal with determinant 1 for every skew ``S`` (..., b, b), and ``C(S)^T = C(-S)``.
     """
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-    return 2 * torch.linalg.solve(eye - S, S)
+    half: Tensor = torch.linalg.solve(eye - S, S)
+    return 2 * half
 
 
 def series_update(S: Tensor, degree: int = 5) -> Tensor:
@@ -74,7 +75,8 @@ def rotation_update(entries: Tensor, size: int, map: RotationMap = "series", deg
 def inverse_update(update: Tensor) -> Tensor:
     """Return ``(I + D)^{-1} - I = -(I + D)^{-1} D`` for an update ``D`` (..., b, b)."""
     eye = torch.eye(update.shape[-1], dtype=update.dtype, device=update.device)
-    return -torch.linalg.solve(eye + update, update)
+    inverse: Tensor = torch.linalg.solve(eye + update, update)
+    return -inverse
 
 
 def add_block_product(x: Tensor, update: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ def add_block_product(x: Tensor, update: Tensor) -> Tensor:
         update: (g, b, b) with g b = n, or (1, b, b) for one block shared by all.
     """
     size = update.shape[-1]
-    blocks = x.unflatten(-1, (-1, size))  # (..., g, b)
+    blocks = x.reshape(*x.shape[:-1], -1, size)  # (..., g, b)
     update = update.to(x.dtype)
     if update.shape[0] == 1:
         return (blocks + blocks @ update[0]).flatten(-2)
@@ -119,6 +121,7 @@ def householder_factors(u: Tensor) -> tuple[Tensor, Tensor]:
 
 def orthonormal_rows(u: Tensor) -> Tensor:
     """Return rows spanning those of ``u`` (r, n), r <= n, orthonormal as Gram-Schmidt would leave them (signs too)."""
+    q: Tensor
     q, r = torch.linalg.qr(u.mT)
     return (q * torch.sign(torch.diagonal(r))).mT
 

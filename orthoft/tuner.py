@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from peft.config import PeftConfig
@@ -87,6 +87,16 @@ class OrthoLinear(nn.Module, BaseTunerLayer):
     merge. While merged, the original weight is kept in host memory, so that `unmerge` restores it bit for bit.
     """
 
+    # PEFT is untyped: what this class takes from it.
+    adapter_layer_names: tuple[str, ...]
+    active_adapters: list[str]
+    disable_adapters: bool
+    get_base_layer: Callable[[], Any]
+    get_base_weight: Callable[[], Tensor]
+    set_base_weight: Callable[[Tensor], None]
+    set_adapter: Callable[..., None]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -99,9 +109,9 @@ class OrthoLinear(nn.Module, BaseTunerLayer):
         self.quantization_backend = quantization_backend(base)
 
     @property
-    def adapters(self) -> nn.ModuleDict:
-        """The adapters by name."""
-        return getattr(self, self.adapter_layer_names[0])  # type: ignore[no-any-return]
+    def adapters(self) -> MutableMapping[str, Adapter]:
+        """The adapters by name (a ModuleDict)."""
+        return cast(MutableMapping[str, Adapter], getattr(self, self.adapter_layer_names[0]))
 
     def update_layer(self, adapter_name: str, config: OrthoConfig, key: str) -> None:
         """Add an adapter."""
@@ -176,7 +186,8 @@ class OrthoLinear(nn.Module, BaseTunerLayer):
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             self._original_weight = None
-        return self.get_base_layer()
+        base: nn.Module = self.get_base_layer()
+        return base
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return ``W' - W`` of one adapter on the current weight, in the layout and dtype of the weight."""

@@ -76,8 +76,8 @@ class HRAConfig(OrthoConfig):
         r: number of reflections; even, for the identity at the start (any number when `orthonormal`).
         orthonormal: keep the directions orthonormal (the paper's lambda = infinity), paired with a frozen copy so that
             training starts at the identity.
-        orthogonality_weight: lambda of the paper's regulariser ``lambda ||I - U U^T||_F^2``; add `orthoft.penalty(model)`
-            to your loss (the recipes do).
+        orthogonality_weight: lambda of the paper's regulariser ``lambda ||I - U U^T||_F^2``; add
+            `orthoft.penalty(model)` to your loss (the recipes do).
         rank_pattern: numbers of reflections of single layers, by module name or regular expression.
 
     Raises:

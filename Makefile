@@ -1,0 +1,40 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := .cache/demo
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo demo-lm test lint types check clean
+
+# torch goes first and by version: whatever asks for "torch" later finds it there.
+$(BIN)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,report]'
+	touch $@
+
+demo: $(BIN)/.ready  ## fine-tune four real tasks, merge, export, load again
+	$(BIN)/python examples/demo_data.py --out $(DEMO)
+	$(BIN)/orthoft run recipes/configs/minilm.yaml --overwrite
+
+demo-lm: $(BIN)/.ready  ## the same for a language model (about 20 minutes on 2 cores)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf
+	$(BIN)/python examples/demo_data.py --out $(DEMO) --only smollm2 kjv maths german
+	$(BIN)/orthoft run recipes/configs/smollm2.yaml --overwrite
+
+test: $(BIN)/.ready
+	$(BIN)/python -m pytest
+
+lint: $(BIN)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(BIN)/.ready
+	$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV) .cache runs build dist *.egg-info
