@@ -1,0 +1,45 @@
+"""The README's code runs as it stands, on tiny models laid out where the demo lays the real ones."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from peft import get_peft_model
+from transformers import AutoModel, BertConfig, BertModel
+
+from orthoft import HRAConfig, OFTv2Config
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.fixture
+def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    base = ".cache/demo/minilm"
+    config = BertConfig(
+        vocab_size=50, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128
+    )
+    BertModel(config).save_pretrained(base)
+    for name, adapter in {
+        "sarcasm": OFTv2Config(block_size=32, target_modules=["query"], init_weights=False),
+        "tweets": HRAConfig(r=4, target_modules=["value"], init_weights=False),
+    }.items():
+        get_peft_model(AutoModel.from_pretrained(base), adapter).save_pretrained(f"runs/minilm/experts/{name}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("code", BLOCKS, ids=[f"block{i}" for i in range(len(BLOCKS))])
+def test_python_blocks_run(code: str, demo: Path) -> None:
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_every_command_of_the_readme_exists() -> None:
+    text = README.read_text(encoding="utf-8")
+    makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\S+)", text, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (README.parent / link).exists(), link
