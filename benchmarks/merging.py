@@ -70,9 +70,11 @@ def main() -> None:
         "PEFT svd": of_peft("svd", svd_rank=r, svd_full_matrices=False),
         "PEFT ties_svd": of_peft("ties_svd", svd_rank=r, density=0.2, svd_full_matrices=False),
     }
-    print(
-        f"width {n}, {args.tasks} tasks of rank {r}, {torch.get_num_threads()} thread(s)\n\n| merge | seconds |\n|---|---|"
-    )
+    threads = torch.get_num_threads()
+    print(f"width {n}, {args.tasks} tasks of rank {r}, {threads} thread(s)")
+    print()
+    print("| merge | seconds |")
+    print("|---|---|")
     for name, call in rows.items():
         print(f"| {name} | {median(call, args.repeats):.3f} |", flush=True)
 

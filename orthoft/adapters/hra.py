@@ -68,7 +68,7 @@ class Reflections(InputRotation):
 
 @dataclass
 class HRAConfig(OrthoConfig):
-    """Configuration of HRA (arXiv 2405.17484): ``W' = W H_1 ... H_r``, a product of r Householder reflections.
+    """Configuration of HRA (arXiv 2405.17484): ``W' = W H``, H the product of r trained Householder reflections.
 
     Trains ``r n`` numbers per layer of n inputs; the update has rank r, so that it exports to a LoRA without loss.
 
