@@ -23,7 +23,7 @@ class Adapter(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self._cache: tuple[list[tuple[Tensor, int]], Any] | None = None
+        self._cache: tuple[list[Tensor], Any] | None = None
 
     @abstractmethod
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
@@ -55,9 +55,8 @@ class Adapter(nn.Module, ABC):
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.build()
         state = [*self.parameters(), *self.buffers()]
-        if self._cache is None or not _unchanged(self._cache[0], state):
-            # The detached aliases keep the storage alive, so that an equal address means the same tensor.
-            self._cache = [(p.detach(), p._version) for p in state], self.build()
+        if self._cache is None or not _equal(self._cache[0], state):
+            self._cache = [p.detach().clone() for p in state], self.build()
         return self._cache[1]
 
     def train(self, mode: bool = True) -> Self:
@@ -79,10 +78,11 @@ class InputRotation(Adapter):
         return self.rotate(weight, transpose=True, inverse=inverse)
 
 
-def _unchanged(seen: list[tuple[Tensor, int]], state: list[Tensor]) -> bool:
-    return len(seen) == len(state) and all(
-        old.data_ptr() == new.data_ptr() and version == new._version and old.dtype == new.dtype
-        for (old, version), new in zip(seen, state, strict=True)
+def _equal(seen: list[Tensor], state: list[Tensor]) -> bool:
+    """Compare by value: version counters miss writes through ``.data``, as averaging of weights makes them."""
+    return all(
+        old.dtype == new.dtype and old.device == new.device and torch.equal(old, new)
+        for old, new in zip(seen, state, strict=True)
     )
 
 

@@ -33,9 +33,20 @@ class As(StrEnum):
     lora = "lora"
 
 
+def show_version(wanted: bool) -> None:
+    if wanted:
+        from orthoft import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def common(
     context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     context.find_root().obj = debug
@@ -136,8 +147,14 @@ def convert(
         raise unknown("format", to, ["lora"])
     from orthoft.convert import to_lora
 
-    told = to_lora(adapter, out, base=base, rank=rank, overwrite=overwrite)
-    typer.echo("\n".join([f"{out}: a LoRA of {adapter}", *(f"  {key}: {value}" for key, value in told.items())]))
+    told = to_lora(adapter, out, base=base, rank=rank, overwrite=overwrite, progress=sys.stderr.isatty())
+    for lost in told["not_carried"].values():
+        typer.echo(f"not carried: {', '.join(lost)}")
+    worst = max(told["merged"], key=lambda weight: weight["truncation_error"])
+    error = f"relative error {told['truncation_error']:.3g}, at most {worst['truncation_error']:.3g} in {worst['name']}"
+    ranks = sorted({weight["rank"] for weight in told["merged"]})
+    exact = "exact" if told["truncation_error"] == 0 else error
+    typer.echo(f"{out}: a LoRA of {len(told['merged'])} weights, rank {', '.join(map(str, ranks))}: {exact}")
 
 
 @app.command()

@@ -6,6 +6,7 @@ Rotations are handled as their *update* ``Q - I``: it keeps small angles exact a
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -87,11 +88,12 @@ def add_block_product(x: Tensor, update: Tensor) -> Tensor:
         update: (g, b, b) with g b = n, or (1, b, b) for one block shared by all.
     """
     size = update.shape[-1]
-    blocks = x.reshape(*x.shape[:-1], -1, size)  # (..., g, b)
+    groups = x.shape[-1] // size
+    blocks = x.reshape(*x.shape[:-1], groups, size)  # (..., g, b)
     update = update.to(x.dtype)
     if update.shape[0] == 1:
         return (blocks + blocks @ update[0]).flatten(-2)
-    rows = blocks.reshape(-1, blocks.shape[-2], size).transpose(0, 1)  # (g, rows, b), a view
+    rows = blocks.reshape(math.prod(x.shape[:-1]), groups, size).transpose(0, 1)  # (g, rows, b), a view
     product = torch.bmm(rows, update).transpose(0, 1)
     return x + product.reshape(x.shape)
 
@@ -101,7 +103,7 @@ def add_low_rank_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
     ``x`` may have any dtype; the factors are cast to it, ``x`` never is.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     thin = rows @ left.to(x.dtype).mT  # (rows, r)
     return torch.addmm(rows, thin, right.to(x.dtype), alpha=-1).reshape(x.shape)
 

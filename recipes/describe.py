@@ -11,6 +11,7 @@ import torch
 
 from orthoft.merging.tensors import TensorFolder, read_json
 
+LISTED = 6  # "all-linear" is saved as every module's name
 DEFAULTS: tuple[object, ...] = (None, False, [], {}, "none")  # of PEFT's fields: not worth a line
 
 
@@ -89,7 +90,8 @@ def described(told: dict[str, Any]) -> str:
         if isinstance(value, dict):
             value = ", ".join(f"{name}={item}" for name, item in value.items())
         elif isinstance(value, list):
-            value = ", ".join(map(str, value))
+            more = f" and {len(value) - LISTED} more" if len(value) > LISTED else ""
+            value = ", ".join(map(str, value[:LISTED])) + more
         lines.append(f"  {key:<13} {_number(value)}")
     for name, entry in told.get("modules", {}).items():
         shapes = ", ".join(f"{part} {'x'.join(map(str, shape)) or '1'}" for part, shape in entry["shapes"].items())

@@ -96,10 +96,14 @@ def training_arguments(recipe: Recipe, task: Task, folder: Path) -> TrainingArgu
     return TrainingArguments(output_dir=str(folder), **defaults | task.training)
 
 
+def auto_class(kind: str) -> Any:
+    """Return the transformers class that loads the base of this kind of task."""
+    return AutoModelForCausalLM if kind == "causal-lm" else AutoModel
+
+
 def load_model(kind: str, folder: str | Path, dtype: str | None) -> Any:
     """Return the plain transformers model of a folder, on this process's device."""
-    auto = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
-    return auto.from_pretrained(str(folder), dtype=dtype or "auto").to(PartialState().device)
+    return auto_class(kind).from_pretrained(str(folder), dtype=dtype or "auto").to(PartialState().device)
 
 
 class AdapterTrainer(Trainer):

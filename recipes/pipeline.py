@@ -27,6 +27,7 @@ from orthoft.recipes.data import SPLITS, batches, task_data
 from orthoft.recipes.finetune import Ready, fingerprint, finished, load_model, train
 from orthoft.recipes.head import Head, all_features, fit_probe
 from orthoft.recipes.prepare import RESULTS, check, open_output, quiet
+from orthoft.recipes.rehearse import rehearse
 from orthoft.recipes.schema import CausalLM, Classification, Recipe, Task
 from orthoft.recipes.table import MERGED, gains, table
 
@@ -43,12 +44,12 @@ def run_recipe(
             raise unknown("task", name, names)
     with quiet():
         check(recipe)
+        base = find_folder(recipe.base, "base")
+        rehearse(recipe, base)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         state = PartialState()  # as the TrainingArguments that were just checked have set it up
-        run = Run(
-            recipe, find_folder(recipe.base, "base"), Path(recipe.output), say if state.is_main_process else _silent
-        )
+        run = Run(recipe, base, Path(recipe.output), say if state.is_main_process else _silent)
         run.read(chosen)
         if state.is_main_process:
             open_output(recipe, run.out, overwrite)

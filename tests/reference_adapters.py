@@ -1,4 +1,4 @@
-"""Oracles for adapters: the adapted weight as dense matrices, one factor after the other, with loops and no shortcuts."""
+"""Oracles for adapters: the adapted weight by dense matrices, one factor after the other, with loops."""
 
 from __future__ import annotations
 

@@ -21,18 +21,25 @@ from orthoft.cli import main, parse_param, parse_source
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny BERT, a wider one, and two LoRAs of the first with different targets."""
+    """A tiny BERT, two LoRAs of it with different targets, and an adapter of each of our own types."""
     import peft
     from transformers import AutoModel
+
+    import orthoft
 
     folder = tmp_path_factory.mktemp("models")
     save_bert(folder / "bert")
     label_task(folder / "a", 0, seed=0)
     label_task(folder / "b", 6, seed=1)
-    for name, targets in (("query", ["query"]), ("value", ["value"])):
+    configs = {
+        "query": peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False),
+        "value": peft.LoraConfig(r=2, target_modules=["value"], init_lora_weights=False),
+        "hra": orthoft.HRAConfig(r=3, target_modules=["query"], init_weights=False),
+        "oftv2": orthoft.OFTv2Config(block_size=8, target_modules=["query"], init_weights=False),
+    }
+    for name, config in configs.items():
         torch.manual_seed(1)
         model = AutoModel.from_pretrained(folder / "bert")
-        config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
         peft.get_peft_model(model, config).save_pretrained(folder / name)
     return folder
 
@@ -168,7 +175,31 @@ def test_merge_as_a_truncated_lora(models: Path, tmp_path: Path, capsys: pytest.
     assert (tmp_path / "m" / "adapter_config.json").is_file()
 
 
+def test_convert_says_how_close_the_lora_is(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome("convert", models / "hra", tmp_path / "exact", "--to", "lora") == 0
+    assert capsys.readouterr() == (f"{tmp_path / 'exact'}: a LoRA of 2 weights, rank 3: exact\n", "")
+    assert outcome("convert", models / "oftv2", tmp_path / "near", "--to", "lora", "--rank", "4") == 0
+    said = capsys.readouterr().out
+    report = json.loads((tmp_path / "near" / "merge_report.json").read_text(encoding="utf-8"))
+    assert 0.01 < report["truncation_error"] < 1
+    assert f"rank 4: relative error {report['truncation_error']:.3g}, at most" in said
+
+
 # What it refuses: one line, exit code 2, nothing written
+
+
+def test_convert_needs_a_rank_where_there_is_no_exact_lora(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert outcome("convert", models / "oftv2", tmp_path / "out", "--to", "lora") == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"error: {models / 'oftv2'} holds ORTHOFT_OFTV2, which has no exact LoRA form: give the rank"
+    )
+    assert len(said.splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+    assert outcome("convert", models / "hra", models / "query", "--to", "lora") == 2
+    assert capsys.readouterr().err.startswith(f"error: output folder exists: {models / 'query'}")
 
 
 def test_a_wrong_key_in_a_recipe(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,6 +220,11 @@ def test_a_wrong_key_in_a_recipe(models: Path, tmp_path: Path, capsys: pytest.Ca
             ["run", "recipe.yaml", "--set", "merge.method=meen"],
             "error: merge: unknown merge method 'meen', did you mean ",
         ),
+        (
+            ["run", "recipe.yaml", "--set", "tasks.0.adapter.block_size=7"],
+            "error: tasks[0].adapter: block_size 7 does not divide the 32 inputs of ",
+        ),
+        (["run", "recipe.yaml", "--set", "export.lora={}"], "error: export.lora: a rank is needed, the adapters of a "),
         (["inspect", "nowhere"], "error: no folder {here}/nowhere"),
         (["convert", "nowhere", "out", "--to", "dora"], "error: unknown format 'dora', did you mean 'lora'?"),
         (["convert", "nowhere", "out", "--to", "lora"], "error: "),
@@ -278,24 +314,19 @@ def test_a_failure_exits_with_1_and_a_traceback_only_when_asked(
 # Whole commands, as processes
 
 
-def test_finetune_then_run_by_the_command_line(models: Path, tmp_path: Path) -> None:
-    file = recipe(models, tmp_path)
-    command = [sys.executable, "-m", "orthoft.cli"]
-    first = subprocess.run([*command, "finetune", file, "--task", "b"], capture_output=True, text=True)
-    assert (first.returncode, first.stderr) == (0, "")
-    assert first.stdout.endswith(f"b: {tmp_path / 'out' / 'experts' / 'b'}\n")
-    second = subprocess.run([*command, "run", file], capture_output=True, text=True)
-    assert (second.returncode, second.stderr) == (0, "")
-    assert f"  reused {tmp_path / 'out' / 'experts' / 'b'}\n" in second.stdout
-    assert "gain kept" in second.stdout
-    *_, loading, model, tokenizer = second.stdout.splitlines()
-    assert loading.strip() == "from transformers import AutoModel, AutoTokenizer"
-    loaded = subprocess.run(
-        [sys.executable, "-c", "\n".join(line.strip() for line in (loading, model, tokenizer, "print(type(model))"))],
-        capture_output=True,
-        text=True,
-    )
-    assert "BertModel" in loaded.stdout
+def test_finetune_then_run_by_the_command_line(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, expert = recipe(models, tmp_path), tmp_path / "out" / "experts" / "b"
+    assert outcome("finetune", file, "--task", "b") == 0
+    assert capsys.readouterr().out.endswith(f"b: {expert}\n")
+    done = subprocess.run([sys.executable, "-m", "orthoft.cli", "run", file], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"  reused {expert}\n" in done.stdout
+    assert "gain kept" in done.stdout
+    told: dict[str, object] = {}
+    exec("\n".join(line.strip() for line in done.stdout.splitlines()[-3:]), told)  # the words that end a run
+    assert type(told["model"]).__name__ == "BertModel"
 
 
 def test_ctrl_c_is_one_line_and_130(models: Path, tmp_path: Path) -> None:

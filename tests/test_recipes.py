@@ -9,15 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import yaml
 from tiny import label_task, save_bert, save_llama, text_task, write_rows
+from transformers import TrainingArguments
 
+import orthoft
+from orthoft.merging import plan
 from orthoft.recipes import RecipeError, load, run
 from orthoft.recipes.evaluate import export_check
-from orthoft.recipes.finetune import AdapterTrainer, adapter_config
-from orthoft.recipes.head import fit_probe, pooled
+from orthoft.recipes.finetune import AdapterTrainer, adapter_config, load_model
+from orthoft.recipes.head import Classifier, Head, fit_probe, pooled
+from orthoft.recipes.rehearse import adapter_ranks
 from orthoft.recipes.schema import Adapter, CausalLM
 from orthoft.recipes.table import gain_kept, gains, table
 
@@ -30,7 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_bert(folder / "bert")
     save_llama(folder / "llama")
     label_task(folder / "a", 0, seed=0)
-    label_task(folder / "b", 6, seed=1)
+    label_task(folder / "b", 2, seed=1)
     text_task(folder / "up", 1, seed=0)
     text_task(folder / "skip", 5, seed=1)
     return folder
@@ -49,11 +54,16 @@ def classification(models: Path, out: Path, **training: Any) -> Words:
             "kind": "classification",
             "max_length": 16,
             "adapter": {"target_modules": "all-linear", "exclude_modules": ["pooler.dense"]},
-            "training": {"max_steps": 100, "per_device_train_batch_size": 16, "learning_rate": 2e-2} | training,
+            "training": {"max_steps": 150, "per_device_train_batch_size": 16, "learning_rate": 3e-3} | training,
         },
         "tasks": [
             {"name": "a", "adapter": {"type": "oftv2", "block_size": 8}, "data": files(models / "a")},
-            {"name": "b", "adapter": {"type": "hra", "r": 4}, "data": files(models / "b")},
+            {
+                "name": "b",
+                "adapter": {"type": "hra", "r": 4},
+                "training": {"learning_rate": 1e-2},
+                "data": files(models / "b"),
+            },
         ],
         "evaluate": {"cross": True},
         "merge": {"method": "opcm", "params": {"alpha": 0.5}},
@@ -166,11 +176,36 @@ REGISTRIES = [
     ("merge.method", "tiess", "merge: unknown merge method 'tiess', did you mean 'ties'?"),
     ("merge.space", "ful", "merge: unknown space 'ful', did you mean 'full'?"),
     ("merge.params", {"alhpa": 1}, "merge: unknown parameter of method 'opcm' 'alhpa', did you mean 'alpha'?"),
+    (
+        "tasks.0.adapter.block_size",
+        7,
+        "tasks[0].adapter: block_size 7 does not divide the 32 inputs of 'encoder.layer.0.attention.self.query': ",
+    ),
+    ("tasks.1.adapter.target_modules", ["qury"], "tasks[1].adapter: No modules were targeted for adaptation"),
+    ("tasks.1.adapter.r", 5, "tasks[1].adapter: r must be even to start at the identity"),
+    ("tasks.1.adapter.r", 34, "tasks[1].adapter: r = 34 reflections do not fit the 32 inputs of "),
+    (
+        "tasks.0.adapter",
+        {"type": "lora", "init_lora_weights": "pissa"},
+        "tasks[0].adapter: it uses init_lora_weights='pissa', which no change of its weights can represent",
+    ),
+    (
+        "merge.space",
+        "core",
+        "merge: encoder.layer.0.attention.self.query: space 'core' needs low-rank factors, which not all sources have",
+    ),
+    (
+        "export",
+        {"lora": {}},
+        "export.lora: a rank is needed, the adapters of a have no low-rank factors: set export.lora.rank",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("place", "value", "line"), REGISTRIES, ids=[line for *_, line in REGISTRIES])
-def test_names_are_checked_before_any_work(place: str, value: Any, line: str, models: Path, tmp_path: Path) -> None:
+def test_what_the_libraries_refuse_is_told_before_any_work(
+    place: str, value: Any, line: str, models: Path, tmp_path: Path
+) -> None:
     words = classification(models, tmp_path / "out")
     change(place, value)(words)
     with pytest.raises(RecipeError) as error:
@@ -214,12 +249,12 @@ def test_overrides_reach_into_lists_and_read_numbers(models: Path, tmp_path: Pat
     words = classification(models, tmp_path / "out")
     recipe = load(words, ["tasks.1.training.learning_rate=3e-4", "merge.weights=[1, 0.5]", "tasks.0.name=first"])
     assert recipe.tasks[1].training["learning_rate"] == 3e-4
-    assert recipe.tasks[1].training["max_steps"] == 100  # from the defaults
-    assert recipe.tasks[0].training["learning_rate"] == 2e-2
+    assert recipe.tasks[1].training["max_steps"] == 150  # from the defaults
+    assert recipe.tasks[0].training["learning_rate"] == 3e-3
     assert recipe.tasks[0].name == "first"
     assert recipe.merge is not None
     assert recipe.merge.task_weights(2) == [1, 0.5]
-    assert "learning_rate" not in words["tasks"][1].get("training", {})
+    assert words["tasks"][1]["training"] == {"learning_rate": 1e-2}  # what was handed over is not changed
 
 
 @pytest.mark.parametrize(
@@ -307,21 +342,26 @@ def test_the_table_shows_gains_and_gaps() -> None:
     ]
 
 
-def test_the_penalty_is_in_the_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from transformers import TrainingArguments
+def test_the_penalty_of_the_adapters_is_in_the_loss(models: Path, tmp_path: Path) -> None:
+    def expert(weight: float) -> Classifier:
+        torch.manual_seed(0)
+        adapter = Adapter(type="hra", r=4, target_modules=["query"], orthogonality_weight=weight)
+        encoder = load_model("classification", models / "bert", None).eval()
+        head = Head(torch.randn(2, 32), torch.zeros(2), ["low", "high"], 16, 0.0)
+        return Classifier(peft.get_peft_model(encoder, adapter_config(adapter, "classification")), head)
 
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = torch.nn.Parameter(torch.ones(()))
+    def loss(model: Classifier) -> float:
+        trainer = AdapterTrainer(model, TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True))
+        ids = torch.tensor([[3, 4, 5], [6, 7, 8]])
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1])}
+        value: torch.Tensor = trainer.compute_loss(trainer.model.eval(), batch)
+        return value.item()
 
-        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"loss": self.w * x.mean()}
-
-    monkeypatch.setattr("orthoft.penalty", lambda model: 10 * model.w)
-    trainer = AdapterTrainer(Model(), TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True))
-    loss, _ = trainer.compute_loss(trainer.model, {"x": torch.full((2,), 3.0)}, return_outputs=True)
-    assert loss.item() == pytest.approx(13.0)
+    added = loss(expert(0.5)) - loss(expert(0.0))
+    penalty = orthoft.penalty(expert(0.5))
+    assert penalty is not None
+    assert penalty.item() > 2 * 0.5 * 4 - 1e-4  # in each of two layers, four ones off the diagonal: u starts in pairs
+    assert added == pytest.approx(penalty.item(), rel=1e-4)
 
 
 # The whole story
@@ -376,6 +416,15 @@ def test_a_stranger_gets_the_same_score_from_the_export(told: tuple[Words, Path,
     command = [sys.executable, "-c", STRANGER, str(out), "a", str(models / "a" / "test.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout) == pytest.approx(results["scores"]["merge"]["a"]["accuracy"])
+
+
+def test_the_rehearsal_knows_what_the_merge_finds_on_disk(told: tuple[Words, Path, list[str]], models: Path) -> None:
+    _, out, _ = told
+    for task in load(classification(models, out)).tasks:
+        (source,) = plan(models / "bert", [out / "experts" / task.name], method="mean").sources
+        found = {name.removesuffix(".weight"): rank for name, rank in source.ranks.items()}
+        assert adapter_ranks(task, models / "bert", to_merge=True) == found
+        assert set(found.values()) == {None if task.name == "a" else 4}
 
 
 def test_a_finished_run_is_not_touched(told: tuple[Words, Path, list[str]], models: Path) -> None:
