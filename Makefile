@@ -24,6 +24,7 @@ demo-lm: $(BIN)/.ready  ## the same for a language model (about 20 minutes on 2 
 	$(BIN)/python examples/demo_data.py --out $(DEMO) --only smollm2 kjv maths german
 	$(BIN)/orthoft run recipes/configs/smollm2.yaml --overwrite
 
+test: export OMP_NUM_THREADS = 1
 test: $(BIN)/.ready
 	$(BIN)/python -m pytest
 

@@ -69,7 +69,7 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
         return
     if out.exists() or out.is_symlink():
         what = "output folder exists" if out.is_dir() else "output is a file"
-        raise FileExistsError(f"{what}: {out} (choose another{', or allow to overwrite it' if out.is_dir() else ''})")
+        raise FileExistsError(f"{what}: {out} (choose another{', or replace it with --overwrite, overwrite=True' if out.is_dir() else ''})")
 
 
 class SafetensorsFile:
