@@ -68,8 +68,9 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
     if out.is_dir() and overwrite:
         return
     if out.exists() or out.is_symlink():
-        what = "output folder exists" if out.is_dir() else "output is a file"
-        raise FileExistsError(f"{what}: {out} (choose another{', or replace it with --overwrite, overwrite=True' if out.is_dir() else ''})")
+        if out.is_dir():
+            raise FileExistsError(f"output folder exists: {out} (choose another, or replace it by overwrite)")
+        raise FileExistsError(f"output is a file: {out} (choose another)")
 
 
 class SafetensorsFile:

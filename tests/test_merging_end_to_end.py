@@ -433,7 +433,7 @@ def test_an_output_that_exists_is_refused_before_any_work(made: dict[str, Folder
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("")
     with pytest.raises(
-        FileExistsError, match=r"^output folder exists: .*out \(choose another, or allow to overwrite it\)$"
+        FileExistsError, match=r"^output folder exists: .*out \(choose another, or replace it by overwrite\)$"
     ):
         merge("gone", [folders["lora"]], tmp_path / "out", method="mean", progress=False)
     assert os.listdir(tmp_path) == ["out"]
