@@ -11,6 +11,7 @@ import reference_adapters as reference
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from orthoft import HRAConfig, OFTv2Config, penalty
 from orthoft.adapter import InputRotation
@@ -291,6 +292,20 @@ def saved_for_backward(model: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     return y, list(saved.values())
 
 
+class Made(TorchDispatchMode):
+    """Notes the dtypes of all tensors with at least ``size`` elements that operations return."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.dtypes = size, set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.numel() >= self.size:
+            self.dtypes.add(out.dtype)
+        return out
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("wants_input_gradient", [True, False])
 def test_bfloat16_input_is_neither_upcast_nor_saved_twice(
@@ -300,10 +315,11 @@ def test_bfloat16_input_is_neither_upcast_nor_saved_twice(
     model = adapted(case.config, dtype=dtype).train()
     assert all(p.dtype == torch.float32 for p in adapter_of(model).parameters())
     x = torch.randn(2, 400, IN, dtype=dtype, requires_grad=wants_input_gradient)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Made(x.numel()) as made:
         y, saved = saved_for_backward(model, x)
     assert y.dtype == torch.bfloat16
     assert [t.dtype for t in saved] == [torch.bfloat16]
+    assert made.dtypes == {torch.bfloat16}
     y.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter_of(model).parameters())
 

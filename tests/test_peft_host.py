@@ -322,6 +322,15 @@ def test_set_delete_and_disable_adapters(pair: tuple[PeftModel, dict[str, Tensor
     assert not any(".red." in name for name in model.state_dict())
 
 
+@both
+@pytest.mark.parametrize("names", [("default", "further"), ("first", "default")])
+def test_a_further_adapter_is_not_trained_until_set(method: str, names: tuple[str, str]) -> None:
+    model = get_peft_model(base_model(), config_of(method), adapter_name=names[0])
+    before = {n for n, p in model.named_parameters() if p.requires_grad}
+    model.add_adapter(names[1], config_of(method, target_modules=["q_proj", "up_proj"]))
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == before
+
+
 def test_one_adapter_per_row_of_the_batch(pair: tuple[PeftModel, dict[str, Tensor]]) -> None:
     model, wanted = pair
     names = ["blue", "__base__", "red", "blue"]
