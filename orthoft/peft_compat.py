@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, register_peft_method
 from torch import nn
 
@@ -63,6 +64,11 @@ def quantization_backend(base_layer: nn.Module) -> Any:
     except ImportError:  # PEFT 0.20
         return None
     return resolve_quantization_backend(base_layer)
+
+
+def saves_biases() -> bool:
+    """Say whether this PEFT saves trained biases of methods it does not own: 0.21 and later do."""
+    return hasattr(BaseTuner, "_get_learnable_bias_state_dict")
 
 
 def write_load_hint(folder: str | Path) -> None:

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from orthoft.adapter import Adapter, Linear
 from orthoft.errors import unknown
 from orthoft.linalg import at_least_float32
-from orthoft.peft_compat import peft_type_name, quantization_backend, write_load_hint
+from orthoft.peft_compat import peft_type_name, quantization_backend, saves_biases, write_load_hint
 
 
 @dataclass
@@ -57,6 +57,8 @@ class OrthoConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         self._check_choice("bias", ("none", "all", "ortho_only"))
+        if self.bias != "none" and not saves_biases():
+            raise ValueError("bias needs PEFT 0.21 or newer: PEFT 0.20 trains biases but does not save them")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern names the list that layers_to_transform indexes: give both")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
