@@ -1,13 +1,15 @@
 """What an adapter is: the trainable state of one frozen linear map, and how it acts. No PEFT, no names, no dtypes.
 
 Conventions: the weight ``W`` is (m outputs, n inputs), activations are rows, ``y = x W^T``. An input rotation acts as
-``x' = x Q``, which is ``W' = W Q^T``: the rows of ``W`` live where the activations live.
+``x' = x Q``, which is ``W' = W Q^T``: the rows of ``W`` live where the activations live. An embedding is the (m, n)
+table whose rows are looked up, a convolution the (m, n) matrix of its flattened filters: the same ``W' = W Q^T``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -15,19 +17,38 @@ from torch import Tensor, nn
 
 from orthoft.delta import Delta
 
-Linear = Callable[[Tensor], Tensor]
+Map = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FrozenLinear:
+    """The linear map under an adapter: callable, and where it is a plain layer also its weight (m, n) and bias.
+
+    ``weight`` is None where the layer is quantised, adapted already, or may only be called (offloaded by hooks).
+    """
+
+    call: Map
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.call(x)
 
 
 class Adapter(nn.Module, ABC):
-    """Trainable state on one frozen linear map."""
+    """Trainable state on one frozen linear map. It is made, adopts its weight, and is reset, in this order."""
 
     def __init__(self) -> None:
         super().__init__()
         self._cache: tuple[list[Tensor], Any] | None = None
 
     @abstractmethod
-    def forward(self, x: Tensor, linear: Linear) -> Tensor:
-        """Return the adapted output; ``linear`` is the frozen layer (maybe quantised, maybe adapted already)."""
+    def forward(self, x: Tensor, linear: FrozenLinear) -> Tensor:
+        """Return the adapted output of a linear layer for ``x`` (..., n)."""
+
+    @abstractmethod
+    def lookup(self, ids: Tensor, embed: Map) -> Tensor:
+        """Return the adapted rows of an embedding; ``embed`` looks up the frozen (or adapted) ones."""
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Delta:
@@ -41,10 +62,31 @@ class Adapter(nn.Module, ABC):
     def build(self) -> Any:
         """Return the small matrices that the parameters stand for, in float32 or float64."""
 
+    @abstractmethod
+    def flops_per_token(self) -> int:
+        """Return the floating-point operations of ``forward`` per token beyond those of the frozen layer."""
+
+    @abstractmethod
+    def combine(self, adapters: Sequence[Self], weights: Sequence[float]) -> None:
+        """Become the weighted combination of adapters of the same layer, in this method's own geometry.
+
+        One adapter with weight 1 is reproduced, weight 0 is the identity.
+
+        Raises:
+            ValueError: they have no common geometry (other blocks, other bases, another pattern).
+        """
+
+    def adopt(self, weight: Callable[[], Tensor]) -> None:
+        """Take what is derived from the frozen (m, n) weight, such as a basis; it may cost a dequantisation."""
+
     def merged(self, weight: Tensor, inverse: bool = False) -> Tensor:
-        """Return ``W'`` from ``W``, or ``W`` from ``W'`` when ``inverse``."""
+        """Return ``W'`` from ``W``, or ``W`` from ``W'`` when ``inverse``. Differentiable."""
         delta = self.delta(weight).dense()
         return weight - delta if inverse else weight + delta
+
+    def in_training(self, weight: Tensor) -> Tensor:
+        """Return ``W'`` as this training step has it: `merged`, with what is left out by dropout."""
+        return self.merged(weight)
 
     def penalty(self) -> Tensor | None:
         """Return the regulariser of the paper times its weight, or None if there is none."""
@@ -54,10 +96,14 @@ class Adapter(nn.Module, ABC):
         """Return ``build()``, kept from call to call in evaluation mode for as long as no parameter changes."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.build()
-        state = [*self.parameters(), *self.buffers()]
+        state = self.sources()
         if self._cache is None or not _equal(self._cache[0], state):
             self._cache = [p.detach().clone() for p in state], self.build()
         return self._cache[1]
+
+    def sources(self) -> list[Tensor]:
+        """Return the tensors that `build` reads, whose change outdates its result."""
+        return [*self.parameters(), *self.buffers()]
 
     def train(self, mode: bool = True) -> Self:
         self._cache = None
@@ -65,14 +111,17 @@ class Adapter(nn.Module, ABC):
 
 
 class InputRotation(Adapter):
-    """``W' = W Q^T``: forward, merge and unmerge all follow from one method."""
+    """``W' = W Q^T``: forward, look-up, merge and unmerge all follow from one method."""
 
     @abstractmethod
     def rotate(self, x: Tensor, transpose: bool = False, inverse: bool = False) -> Tensor:
         """Return ``x Q`` for rows ``x`` (..., n), with ``Q^T``, ``Q^-1`` or ``Q^-T`` in its place by the flags."""
 
-    def forward(self, x: Tensor, linear: Linear) -> Tensor:
+    def forward(self, x: Tensor, linear: FrozenLinear) -> Tensor:
         return linear(self.rotate(cast_for_autocast(x)))
+
+    def lookup(self, ids: Tensor, embed: Map) -> Tensor:
+        return self.rotate(embed(ids), transpose=True)
 
     def merged(self, weight: Tensor, inverse: bool = False) -> Tensor:
         return self.rotate(weight, transpose=True, inverse=inverse)

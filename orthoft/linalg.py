@@ -7,7 +7,8 @@ Rotations are handled as their *update* ``Q - I``: it keeps small angles exact a
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -73,6 +74,21 @@ def rotation_update(entries: Tensor, size: int, map: RotationMap = "series", deg
     return cayley_update(S) if map == "cayley" else series_update(S, degree)
 
 
+def combine_generators(generators: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return the Cayley generator of ``exp(sum_i w_i log C(S_i))`` for skew ``S_i`` (..., b, b), in float64.
+
+    ``i S`` is Hermitian, and the map ``C(S) = exp(2 artanh S)`` acts on eigenvalues: ``S = i w`` turns by ``2 atan w``.
+    """
+    total = sum(w * _on_spectrum(S, torch.atan) for S, w in zip(generators, weights, strict=True))
+    return _on_spectrum(cast(Tensor, total), torch.tan)
+
+
+def _on_spectrum(S: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return ``U diag(i f(w)) U^H`` of a skew ``S = U diag(i w) U^H`` (..., b, b) and an odd function, real."""
+    w, U = torch.linalg.eigh(-1j * S.double())
+    return cast(Tensor, (U * (1j * function(w)).unsqueeze(-2)) @ U.mH).real
+
+
 def inverse_update(update: Tensor) -> Tensor:
     """Return ``(I + D)^{-1} - I = -(I + D)^{-1} D`` for an update ``D`` (..., b, b)."""
     eye = torch.eye(update.shape[-1], dtype=update.dtype, device=update.device)
@@ -135,3 +151,29 @@ def reflection_rows(u: Tensor, u0: Tensor | None = None) -> Tensor:
     reflection in the span it starts from, ``(I - 2 U0^T U0)(I - 2 U^T U)``, it is: equal spans cancel.
     """
     return u if u0 is None else torch.cat([orthonormal_rows(u0), orthonormal_rows(u)])
+
+
+def combine_reflections(pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float], count: int) -> Tensor:
+    """Return ``u`` (count, n) whose reflections multiply to ``exp(sum_i w_i log H_i)``, ``H_i = I - U_i^T M_i``.
+
+    All of them act in the span of the ``U_i`` (K dimensions, K <= count): there the generators add up, and each plane
+    of the resulting rotation is a pair of reflections, ``H(a - w b) H(a)`` turning ``a`` by ``2 atan w`` towards ``-b``.
+
+    Raises:
+        ValueError: an odd number of reflections, which has determinant -1 and no logarithm.
+    """
+    if any(len(U) % 2 for U, _ in pairs):
+        raise ValueError("an odd number of reflections is no rotation, so it cannot be combined with others")
+    B = torch.linalg.qr(torch.cat([U for U, _ in pairs]).mT).Q.mT  # (K, n)
+    eye = torch.eye(len(B), dtype=B.dtype, device=B.device)
+    turns = [eye - (U @ B.mT).mT @ (M @ B.mT) for U, M in pairs]  # (K, K)
+    skews = [torch.linalg.solve(C + eye, C - eye) for C in turns]
+    w, Z = torch.linalg.eigh(-1j * combine_generators([(S - S.mT) / 2 for S in skews], weights))
+    w, Z = w[len(B) // 2 :, None], Z[:, len(B) // 2 :].mT  # one of each pair +-w: (K / 2, 1), (K / 2, K)
+    real_larger = Z.real.norm(dim=1, keepdim=True) >= Z.imag.norm(dim=1, keepdim=True)
+    a = torch.where((w > 1e-12) | real_larger, Z.real, Z.imag)  # a plane that does not turn may have no real part
+    b = torch.where(w > 1e-12, Z.imag, torch.zeros_like(a))
+    u = torch.nn.functional.normalize(torch.stack([a - w * b, a], dim=1).flatten(0, 1), dim=1) @ B
+    rest = B[:1].expand(count - len(u), -1)  # equal reflections cancel
+    scale: float = (2 * u.shape[1] / (3 * count)) ** 0.5  # the norms of `Reflections` at its start
+    return scale * torch.cat([u, rest])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
@@ -57,13 +57,22 @@ def _add_member(name: str) -> None:
     PeftType._value2member_map_[name] = member
 
 
-def quantization_backend(base_layer: nn.Module) -> Any:
+def quantization_backend(base_layer: nn.Module, **kwargs: Any) -> Any:
     """Return PEFT's reader and writer of a quantised weight, or None for a plain layer (or a PEFT that has none)."""
     try:
         from peft.utils.quantization_utils import resolve_quantization_backend
     except ImportError:  # PEFT 0.20
         return None
-    return resolve_quantization_backend(base_layer)
+    return resolve_quantization_backend(base_layer, **kwargs)
+
+
+def quantization_kwargs(model: nn.Module) -> dict[str, Any]:
+    """Return what a quantised model knows that its layers need to be quantised again."""
+    try:
+        from peft.utils.quantization_utils import get_quantization_kwargs
+    except ImportError:  # PEFT 0.20
+        return {}
+    return cast(dict[str, Any], get_quantization_kwargs(model))
 
 
 def saves_biases() -> bool:

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from orthoft import HRAConfig, OFTv2Config, penalty
 from orthoft.adapter import InputRotation
-from orthoft.tuner import OrthoConfig, OrthoLinear
+from orthoft.config import OrthoConfig
+from orthoft.layer import OrthoLayer
 
 OUT, IN, ROWS = 10, 24, 7
 
@@ -62,7 +63,7 @@ def adapted(config: OrthoConfig, *shape: int, start: bool = False, dtype: torch.
     return get_peft_model(Net(*shape).to(dtype), config)
 
 
-def layer_of(model: Any) -> OrthoLinear:
+def layer_of(model: Any) -> OrthoLayer:
     return model.base_model.model.lin
 
 

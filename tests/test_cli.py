@@ -337,6 +337,7 @@ def test_ctrl_c_is_one_line_and_130(models: Path, tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
     )
     assert process.stdout is not None
     assert process.stdout.readline().startswith("a: 256 train")

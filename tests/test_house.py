@@ -16,9 +16,15 @@ ROOMS = {"orthoft": ROOT / "orthoft", "orthoft.merging": ROOT / "merging", "orth
 FLOORS = [
     "errors",
     "linalg",
+    "bases",
+    "givens",
+    "sparse",
     "delta",
     "adapter",
     "peft_compat",
+    "config",
+    "layouts",
+    "layer",
     "tuner",
     "adapters",
     "merging",
@@ -26,7 +32,7 @@ FLOORS = [
     "recipes",
     "cli",
 ]
-HOSTS_OF_PEFT = {"orthoft.tuner", "orthoft.peft_compat"}
+HOSTS_OF_PEFT = {f"orthoft.{name}" for name in ("peft_compat", "config", "layer", "tuner")}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -73,7 +79,7 @@ def test_finds_the_modules() -> None:
         "orthoft.merging.methods.ties",
         "orthoft.recipes",
     } <= set(IMPORTS)
-    assert "peft.config.PeftConfig" in IMPORTS["orthoft.tuner"]
+    assert "peft.config.PeftConfig" in IMPORTS["orthoft.config"]
 
 
 def test_who_speaks_to_peft() -> None:
@@ -82,7 +88,7 @@ def test_who_speaks_to_peft() -> None:
 
 
 def test_who_speaks_to_transformers() -> None:
-    assert {room(m) for m in users("transformers")} <= {"tuner", "recipes"}
+    assert {room(m) for m in users("transformers")} <= {"layouts", "recipes"}
     assert {room(m) for m in users("datasets", "accelerate")} <= {"recipes"}
 
 
@@ -100,7 +106,7 @@ def test_merging_stands_alone() -> None:
         if room(module) == "merging":
             for name in names:
                 assert name.split(".")[0] not in ("peft", "transformers"), module
-                assert room(name) not in ("tuner", "adapters", "peft_compat"), module
+                assert room(name) not in ("config", "layouts", "layer", "tuner", "adapters", "peft_compat"), module
 
 
 def test_installed_packages_are_the_folders() -> None:

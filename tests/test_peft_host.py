@@ -24,8 +24,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.pytorch_utils import Conv1D
 
 from orthoft import ADAPTERS, to_lora
+from orthoft.config import OrthoConfig
+from orthoft.layer import OrthoLayer
 from orthoft.peft_compat import register
-from orthoft.tuner import OrthoConfig, OrthoLinear
 
 SMALL: dict[str, dict[str, Any]] = {"oftv2": {"block_size": 8}, "hra": {"r": 4}}
 TASKS = {"bert": "FEATURE_EXTRACTION", "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM"}
@@ -62,8 +63,8 @@ def error(got: Tensor, wanted: Tensor) -> float:
     return ((got - wanted).norm() / wanted.norm()).item()
 
 
-def ours(model: nn.Module) -> dict[str, OrthoLinear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, OrthoLinear)}
+def ours(model: nn.Module) -> dict[str, OrthoLayer]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, OrthoLayer)}
 
 
 def targets(model: nn.Module) -> list[str]:

@@ -2,8 +2,8 @@
 
 from orthoft.adapters.hra import HRAConfig, HRAModel
 from orthoft.adapters.oftv2 import OFTv2Config, OFTv2Model
+from orthoft.config import OrthoConfig
 from orthoft.peft_compat import register
-from orthoft.tuner import OrthoConfig
 
 ADAPTERS: dict[str, type[OrthoConfig]] = {"oftv2": OFTv2Config, "hra": HRAConfig}
 

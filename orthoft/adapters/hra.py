@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from orthoft.adapter import InputRotation
+from orthoft.config import OrthoConfig
 from orthoft.delta import Delta, LowRank
-from orthoft.linalg import add_low_rank_product, at_least_float32, householder_factors, reflection_rows
-from orthoft.tuner import OrthoConfig, OrthoLinear, OrthoModel
+from orthoft.layer import OrthoLayer
+from orthoft.linalg import (
+    add_low_rank_product,
+    at_least_float32,
+    combine_reflections,
+    householder_factors,
+    reflection_rows,
+)
+from orthoft.tuner import OrthoModel
 
 
 class Reflections(InputRotation):
@@ -57,6 +68,14 @@ class Reflections(InputRotation):
         U, M = self.matrices()
         return LowRank(-(weight @ U.to(weight.dtype).mT), M.to(weight.dtype))
 
+    def flops_per_token(self) -> int:
+        return 4 * self.u.numel() * (2 if self.orthonormal else 1)
+
+    def combine(self, adapters: Sequence[Self], weights: Sequence[float]) -> None:
+        """``H = exp(sum_i w_i log H_i)``, again a product of as many reflections as all of them have together."""
+        pairs = [householder_factors(reflection_rows(a.u.double(), _double(a.u0))) for a in adapters]
+        self.u.copy_(combine_reflections(pairs, weights, len(self.u)))
+
     def penalty(self) -> Tensor | None:
         """``lambda ||I - U U^T||_F^2`` over the normalised directions, as in the paper (squared)."""
         if self.orthogonality_weight == 0.0 or self.orthonormal:
@@ -64,6 +83,10 @@ class Reflections(InputRotation):
         U = nn.functional.normalize(at_least_float32(self.u), dim=-1)
         eye = torch.eye(U.shape[0], dtype=U.dtype, device=U.device)
         return self.orthogonality_weight * torch.sum((U @ U.mT - eye) ** 2)
+
+
+def _double(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.double()
 
 
 @dataclass
@@ -103,6 +126,16 @@ class HRAConfig(OrthoConfig):
         if self.orthogonality_weight < 0:
             raise ValueError(f"orthogonality_weight must not be negative, got {self.orthogonality_weight}")
 
+    def combined(self, others: Sequence[Self], keys: Sequence[str]) -> Self:
+        """A product of all reflections, as many as the adapters have together."""
+        every = (self, *others)
+        counts = {k: sum((1 + c.orthonormal) * self._by_pattern(c.rank_pattern, k, c.r) for c in every) for k in keys}
+        alike = [replace(c, r=2, rank_pattern={}, orthonormal=False) for c in every]
+        config = OrthoConfig.combined(alike[0], alike[1:], keys)
+        config.r = max(counts.values())
+        config.rank_pattern = {re.escape(key): count for key, count in counts.items() if count != config.r}
+        return config
+
     def make_adapter(self, key: str, in_features: int, out_features: int) -> Reflections:
         r = self._by_pattern(self.rank_pattern, key, self.r)
         if r > in_features:
@@ -110,14 +143,14 @@ class HRAConfig(OrthoConfig):
         return Reflections(in_features, r, self.orthonormal, self.orthogonality_weight)
 
 
-class HRALinear(OrthoLinear):
-    """A frozen linear layer with HRA adapters."""
+class HRALayer(OrthoLayer):
+    """A frozen layer with HRA adapters."""
 
     adapter_layer_names = ("orthoft_hra_adapter",)
 
 
 class HRAModel(OrthoModel):
-    """A model whose linear layers carry HRA adapters."""
+    """A model whose layers carry HRA adapters."""
 
     prefix = "orthoft_hra_"
-    tuner_layer_cls = HRALinear
+    tuner_layer_cls = HRALayer

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from orthoft.adapter import InputRotation, Linear, cast_for_autocast
+from orthoft.adapter import FrozenLinear, InputRotation, Map, cast_for_autocast
+from orthoft.config import OrthoConfig
 from orthoft.delta import Delta, Rotated
-from orthoft.linalg import RotationMap, add_block_product, at_least_float32, inverse_update, rotation_update
-from orthoft.tuner import OrthoConfig, OrthoLinear, OrthoModel
+from orthoft.layer import OrthoLayer
+from orthoft.linalg import (
+    RotationMap,
+    add_block_product,
+    at_least_float32,
+    combine_generators,
+    inverse_update,
+    rotation_update,
+    skew,
+)
+from orthoft.tuner import OrthoModel
 
 LARGE_BLOCK = 64  # from here the series is no longer cheaper than the exact solve, and its argument no longer small
 
@@ -53,8 +65,25 @@ class BlockRotation(InputRotation):
         update = self.matrices().mT
         return Rotated(weight, update.expand(self.features // self.block_size, -1, -1))
 
-    def forward(self, x: Tensor, linear: Linear) -> Tensor:
+    def forward(self, x: Tensor, linear: FrozenLinear) -> Tensor:
         return linear(add_block_product(cast_for_autocast(x), self._drop(self.matrices())))
+
+    def lookup(self, ids: Tensor, embed: Map) -> Tensor:
+        return add_block_product(embed(ids), self._drop(self.matrices()).mT)
+
+    def in_training(self, weight: Tensor) -> Tensor:
+        return add_block_product(weight, self._drop(self.matrices()).mT)
+
+    def flops_per_token(self) -> int:
+        return self.features * (2 * self.block_size + 1)
+
+    def combine(self, adapters: Sequence[Self], weights: Sequence[float]) -> None:
+        """``R = exp(sum_i w_i log R_i)``, block by block."""
+        if any((a.block_size, a.skew.shape) != (self.block_size, self.skew.shape) for a in adapters):
+            raise ValueError("adapters of one combination need blocks of the same size in each layer")
+        generators = [skew(a.skew.double(), self.block_size) for a in adapters]
+        rows, cols = torch.triu_indices(self.block_size, self.block_size, 1, device=self.skew.device)
+        self.skew.copy_(combine_generators(generators, weights)[:, rows, cols])
 
     def _drop(self, update: Tensor) -> Tensor:
         """Multiplicative dropout: a block is left out, i.e. replaced by the identity, with probability ``dropout``."""
@@ -119,14 +148,14 @@ class OFTv2Config(OrthoConfig):
         return BlockRotation(in_features, size, self.map, self.degree, self.block_share, self.dropout)
 
 
-class OFTv2Linear(OrthoLinear):
-    """A frozen linear layer with OFTv2 adapters."""
+class OFTv2Layer(OrthoLayer):
+    """A frozen layer with OFTv2 adapters."""
 
     adapter_layer_names = ("orthoft_oftv2_adapter",)
 
 
 class OFTv2Model(OrthoModel):
-    """A model whose linear layers carry OFTv2 adapters."""
+    """A model whose layers carry OFTv2 adapters."""
 
     prefix = "orthoft_oftv2_"
-    tuner_layer_cls = OFTv2Linear
+    tuner_layer_cls = OFTv2Layer

@@ -1,0 +1,71 @@
+"""Bases that adapters take from the frozen weight: singular vectors with fixed signs, and fingerprints to know them by."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+SVD = Literal["full", "lowrank"]
+
+
+def signed_svd(
+    weight: Tensor, rank: int | None = None, svd: SVD = "full", seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``U`` (m, k), ``s`` (k,), ``Vh`` (k, n) of the leading k = ``rank`` (or all min(m, n)) singular triplets.
+
+    The entry of largest magnitude in each row of ``Vh`` is positive: signs are otherwise arbitrary, and would make two
+    computations on the same weight disagree. "lowrank" is the randomised range finder with ten power iterations
+    (arXiv 0909.4061), seeded on the CPU so that it does not depend on the device.
+
+    Raises:
+        ValueError: a rank above min(m, n), or an empty weight.
+    """
+    if rank is not None and not 1 <= rank <= min(weight.shape):
+        raise ValueError(f"a weight of {tuple(weight.shape)} has {min(weight.shape)} singular vectors, not {rank}")
+    if svd == "lowrank" and rank is not None:
+        range_ = _leading_range(weight, min(rank + 10, *weight.shape), seed)  # (m, k + 10)
+        U, s, Vh = torch.linalg.svd(range_.mT @ weight, full_matrices=False)
+        U = range_ @ U
+    else:
+        U, s, Vh = torch.linalg.svd(weight, full_matrices=False)
+    U, s, Vh = U[:, :rank], s[:rank], Vh[:rank]
+    signs = torch.sign(Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True)))  # (k, 1)
+    return U * signs.mT, s, Vh * signs
+
+
+def _leading_range(weight: Tensor, size: int, seed: int, iterations: int = 10) -> Tensor:
+    start = torch.randn(weight.shape[1], size, generator=torch.Generator().manual_seed(seed))
+    Q = torch.linalg.qr(weight @ start.to(weight)).Q
+    for _ in range(iterations):
+        Q = torch.linalg.qr(weight @ torch.linalg.qr(weight.mT @ Q).Q).Q
+    return Q
+
+
+def fingerprint(rows: Tensor, size: int = 8) -> Tensor:
+    """Return ``size`` numbers ``r_j^T B g_j / sqrt(k)`` of a basis ``B`` (k, n) with unit rows, float32 on the CPU.
+
+    ``r_j``, ``g_j`` are seeded Gaussian vectors. The numbers are of order 1, do not change with rounding, and do when a
+    single row changes its sign or turns within a degenerate subspace.
+    """
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(size, rows.shape[0], generator=generator, dtype=torch.float64)
+    right = torch.randn(size, rows.shape[1], generator=generator, dtype=torch.float64)
+    product = right @ rows.detach().to("cpu", torch.float64).mT  # (size, k)
+    return ((left * product).sum(1) / math.sqrt(rows.shape[0])).float()
+
+
+def check_fingerprint(saved: Tensor, found: Tensor, what: str, tolerance: float = 5e-3) -> None:
+    """Compare the fingerprints of the basis an adapter was trained in and of the one it meets.
+
+    Raises:
+        ValueError: they differ by more than ``tolerance``.
+    """
+    distance = (saved.float().cpu() - found.float().cpu()).abs().max().item()
+    if not distance <= tolerance:
+        raise ValueError(
+            f"{what} was trained in another basis than this base weight gives (fingerprints differ by {distance:.2g}): "
+            "load it on the base it was trained on, or train it with save_basis=True"
+        )

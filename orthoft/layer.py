@@ -1,0 +1,146 @@
+"""The PEFT layer of every adapter: a frozen layer and its named adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.integrations import gather_params_ctx
+from torch import Tensor, nn
+
+from orthoft.adapter import Adapter, Map
+from orthoft.config import OrthoConfig
+from orthoft.layouts import layout_of
+from orthoft.linalg import at_least_float32
+from orthoft.peft_compat import quantization_backend
+
+
+class OrthoLayer(nn.Module, BaseTunerLayer):
+    """A frozen layer (nn.Linear, Conv1D, nn.Embedding, a convolution, a quantised linear) and its named adapters.
+
+    Active adapters nest in the order given: each adapts the layer that those before it have made, in forward as in
+    merge. While merged, the original weight is kept in host memory, so that `unmerge` restores it bit for bit.
+    """
+
+    # PEFT is untyped: what this class takes from it.
+    adapter_layer_names: tuple[str, ...]
+    active_adapters: list[str]
+    disable_adapters: bool
+    get_base_layer: Callable[[], Any]
+    get_base_weight: Callable[[], Tensor]
+    set_base_weight: Callable[[Tensor], None]
+    set_adapter: Callable[..., None]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
+
+    def __init__(self, base_layer: nn.Module, quantization_kwargs: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
+        self.merged_adapters: list[str] = []
+        self._original_weight: Tensor | None = None
+        base = self.get_base_layer()
+        self.layout = layout_of(base)
+        self.in_features, self.out_features = self.layout.features(base)
+        self.quantization_backend = quantization_backend(base, **(quantization_kwargs or {}))
+
+    @property
+    def adapters(self) -> MutableMapping[str, Adapter]:
+        """The adapters by name (a ModuleDict)."""
+        return cast(MutableMapping[str, Adapter], getattr(self, self.adapter_layer_names[0]))
+
+    def update_layer(self, adapter_name: str, config: OrthoConfig, key: str) -> None:
+        """Add an adapter."""
+        adapter = config.make_adapter(key, self.in_features, self.out_features)
+        with gather_params_ctx(self.get_base_layer().parameters()):  # ZeRO-3 keeps them in parts
+            adapter.adopt(lambda: at_least_float32(self.layout.rows(self.get_base_weight())))
+        adapter.reset_parameters(identity=config.init_weights)
+        self.adapters[adapter_name] = adapter.train(self.training)
+        buffers = {name: buffer for name, buffer in adapter.named_buffers() if buffer.dtype == torch.float32}
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        for name, buffer in buffers.items():  # PEFT casts them with the parameters, and only those back
+            adapter.get_buffer(name).data = buffer.to(adapter.get_buffer(name).device)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names: list[str] | None = kwargs.pop("adapter_names", None)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+
+        def base(x: Tensor) -> Tensor:
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+
+        if names is not None:
+            return self._forward_by_row(x, base, names)
+        if self.disable_adapters or self.merged:
+            return base(x)
+        return self._adapted(x, base, self.active_adapters)
+
+    def _adapted(self, x: Tensor, base: Map, names: list[str]) -> Tensor:
+        adapters = [self.adapters[name] for name in names if name in self.adapters]
+        return self.layout.run(self.get_base_layer(), base, adapters, x) if adapters else base(x)
+
+    def _forward_by_row(self, x: Tensor, base: Map, names: list[str]) -> Tensor:
+        """One adapter per row of the batch; "__base__" stands for none."""
+        if self.merged:
+            raise ValueError("adapter_names cannot be used while adapters are merged: call unmerge_adapter() first")
+        if len(names) != len(x):
+            raise ValueError(f"adapter_names needs one name per row of the batch: {len(names)} names, {len(x)} rows")
+        rows = {name: [i for i, n in enumerate(names) if n == name] for name in dict.fromkeys(names)}
+        parts = [self._adapted(x[index], base, [name]) for name, index in rows.items()]
+        order = torch.tensor([i for index in rows.values() for i in index], device=x.device)
+        return torch.cat(parts)[torch.argsort(order)]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put adapters into the weight: computed in float32 from the original, rounded once.
+
+        Raises:
+            ValueError: with ``safe_merge``, if the merged weight is not finite (nothing has changed then).
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.adapters]
+        if not names:
+            return
+        stored = self.get_base_layer().weight if self.quantization_backend is None else self.get_base_weight()
+        original = stored.detach().cpu().clone() if self._original_weight is None else self._original_weight
+        merged = self._merged_weight(original.to(stored.device), [*self.merged_adapters, *names])
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"merging {', '.join(names)} gives NaN or Inf in the weight: the adapter seems broken")
+        self.set_base_weight(merged)
+        self._original_weight = original
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Restore the weight from before the merges, bit for bit."""
+        if self._original_weight is None:
+            return
+        weight = self.get_base_layer().weight
+        self.set_base_weight(self._original_weight.to(weight.device))
+        self._original_weight = None
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the base layer, merged if asked; called by `merge_and_unload`, after which nothing is kept."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            self._original_weight = None
+        base: nn.Module = self.get_base_layer()
+        return base
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """Return ``W' - W`` of one adapter on the current weight, in the layout and dtype of the weight."""
+        weight = self.get_base_weight()
+        delta = self.adapters[adapter_name].delta(at_least_float32(self.layout.rows(weight))).dense()
+        return self.layout.stored(delta, weight).to(weight.dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    @torch.no_grad()
+    def _merged_weight(self, weight: Tensor, names: list[str]) -> Tensor:
+        rows = at_least_float32(self.layout.rows(weight))
+        for name in names:
+            rows = self.adapters[name].merged(rows)
+        return self.layout.stored(rows, weight).to(weight.dtype).contiguous()
