@@ -16,7 +16,7 @@ from torch import Tensor
 
 from orthoft.delta import Delta, Dense, LowRank, Rotated
 from orthoft.errors import unknown
-from orthoft.linalg import householder_factors, reflection_rows, rotation_update
+from orthoft.linalg import householder_factors, reflection_rows, rotation_update, within_radius
 
 Config = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]  # of one module, named by what stands behind the module's name
@@ -161,6 +161,7 @@ def oftv2(config: Config, module: str, tensors: Tensors, weight: Tensor) -> Delt
             f"module {module!r} has blocks of {size} by its configuration, which have {entries} entries, "
             f"and {skew.shape[1]} entries by its tensors"
         )
+    skew = within_radius(skew, config.get("radius"), weight.shape[1] // size)
     update = rotation_update(skew, size, config["map"], config["degree"])  # (g, b, b)
     return Rotated(weight, update.mT)
 

@@ -15,6 +15,8 @@ from orthoft._on_import import after_import
 if TYPE_CHECKING:
     from orthoft.adapters import ADAPTERS, HRAConfig, OFTv2Config
     from orthoft.convert import to_lora
+    from orthoft.reporting import report
+    from orthoft.trainer import OrthoTrainer, WithPenalty
     from orthoft.tuner import penalty
 
 __version__ = "0.1.0"
@@ -23,10 +25,13 @@ _HOMES = {
     "ADAPTERS": "orthoft.adapters",
     "HRAConfig": "orthoft.adapters",
     "OFTv2Config": "orthoft.adapters",
+    "OrthoTrainer": "orthoft.trainer",
+    "WithPenalty": "orthoft.trainer",
     "penalty": "orthoft.tuner",
+    "report": "orthoft.reporting",
     "to_lora": "orthoft.convert",
 }
-__all__ = ["ADAPTERS", "HRAConfig", "OFTv2Config", "penalty", "to_lora"]
+__all__ = ["ADAPTERS", "HRAConfig", "OFTv2Config", "OrthoTrainer", "WithPenalty", "penalty", "report", "to_lora"]
 
 
 def __getattr__(name: str) -> Any:

@@ -68,6 +68,20 @@ def series_update(S: Tensor, degree: int = 5) -> Tensor:
     return 2 * S + S2 @ inner
 
 
+def within_radius(entries: Tensor, radius: float | None, blocks: int) -> Tensor:
+    """Return the skew ``entries`` (g, b (b - 1) / 2), each block shrunk to ``||S_i||_F <= radius / sqrt(blocks)``.
+
+    Then ``||S||_F <= radius`` over all ``blocks``: the constrained variant of OFT (arXiv 2306.07280). Gradients pass
+    through the projection.
+    """
+    if radius is None:
+        return entries
+    bound = radius / blocks**0.5
+    norms = 2**0.5 * torch.linalg.vector_norm(entries, dim=-1, keepdim=True)  # both triangles
+    shrink: Tensor = bound / norms.clamp(min=bound)
+    return entries * shrink
+
+
 def rotation_update(entries: Tensor, size: int, map: RotationMap = "series", degree: int = 5) -> Tensor:
     """Return ``Q - I`` (..., size, size) of the rotations with the skew ``entries`` (..., size (size - 1) / 2)."""
     S = skew(entries, size)
@@ -157,7 +171,7 @@ def combine_reflections(pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequenc
     """Return ``u`` (count, n) whose reflections multiply to ``exp(sum_i w_i log H_i)``, ``H_i = I - U_i^T M_i``.
 
     All of them act in the span of the ``U_i`` (K dimensions, K <= count): there the generators add up, and each plane
-    of the resulting rotation is a pair of reflections, ``H(a - w b) H(a)`` turning ``a`` by ``2 atan w`` towards ``-b``.
+    of the resulting rotation is a pair of reflections: ``H(a - w b) H(a)`` turns ``a`` by ``2 atan w`` towards ``-b``.
 
     Raises:
         ValueError: an odd number of reflections, which has determinant -1 and no logarithm.

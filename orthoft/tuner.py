@@ -8,19 +8,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from orthoft.config import OrthoConfig
 from orthoft.errors import unknown
 from orthoft.layer import OrthoLayer
+from orthoft.layouts import LinearLayout, layout_of
 from orthoft.peft_compat import quantization_kwargs
 
 
 class OrthoModel(BaseTuner):
-    """A model whose linear layers carry adapters of one method."""
+    """A model whose layers carry adapters of one method."""
 
+    linear_layer_cls: type[OrthoLayer]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _create_and_replace(
@@ -36,7 +38,10 @@ class OrthoModel(BaseTuner):
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, peft_config, current_key)
             return
-        layer = self.tuner_layer_cls(target, quantization_kwargs(self.model))
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        linear = isinstance(layout_of(base), LinearLayout)
+        layer_cls = self.linear_layer_cls if linear else self.tuner_layer_cls
+        layer = layer_cls(target, quantization_kwargs(self.model))
         layer.train(target.training)
         layer.update_layer(adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:

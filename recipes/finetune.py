@@ -16,25 +16,23 @@ from typing import Any
 import peft
 import torch
 from accelerate import PartialState
-from torch import nn
 from tqdm import tqdm
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
-import orthoft
 from orthoft.adapters import ADAPTERS
 from orthoft.errors import unknown
 from orthoft.recipes.data import TaskData, collate
 from orthoft.recipes.head import Classifier, Head
 from orthoft.recipes.schema import Adapter, Recipe, Task
+from orthoft.trainer import OrthoTrainer
 
 FINISHED = "expert.json"
 
@@ -106,19 +104,6 @@ def load_model(kind: str, folder: str | Path, dtype: str | None) -> Any:
     return auto_class(kind).from_pretrained(str(folder), dtype=dtype or "auto").to(PartialState().device)
 
 
-class AdapterTrainer(Trainer):
-    """The Trainer, with the adapters' own regulariser in the loss where they have one."""
-
-    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        penalty = orthoft.penalty(model)
-        if penalty is not None:
-            # The Trainer divides the loss by the accumulated steps, unless the model did so by its count of tokens.
-            summed = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
-            loss = loss + penalty / (self.current_gradient_accumulation_steps if summed else 1)
-        return (loss, outputs) if return_outputs else loss
-
-
 class Bar(TrainerCallback):
     """One progress bar a task, with the loss on it."""
 
@@ -166,7 +151,7 @@ def train(recipe: Recipe, ready: Ready, base: Path, folder: Path) -> dict[str, A
     set_seed(recipe.seed)
     model = peft.get_peft_model(load_model(task.kind, base, recipe.dtype), adapter_config(task.adapter, task.kind))
     trained = model if ready.head is None else Classifier(model, ready.head)
-    trainer = AdapterTrainer(
+    trainer = OrthoTrainer(
         model=trained,
         args=training_arguments(recipe, task, folder.with_name(f".{folder.name}.trainer")),
         train_dataset=ready.data.train,

@@ -26,6 +26,8 @@ FLOORS = [
     "layouts",
     "layer",
     "tuner",
+    "reporting",
+    "trainer",
     "adapters",
     "merging",
     "convert",
@@ -88,7 +90,7 @@ def test_who_speaks_to_peft() -> None:
 
 
 def test_who_speaks_to_transformers() -> None:
-    assert {room(m) for m in users("transformers")} <= {"layouts", "recipes"}
+    assert {room(m) for m in users("transformers")} <= {"layouts", "trainer", "recipes"}
     assert {room(m) for m in users("datasets", "accelerate")} <= {"recipes"}
 
 

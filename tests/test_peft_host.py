@@ -638,8 +638,11 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "r above the inputs": ("hra", {"r": 34}, "r = 34 reflections do not fit the 32 inputs"),
     "negative penalty": ("hra", {"orthogonality_weight": -1.0}, "must not be negative, got -1.0"),
     "unknown bias": ("hra", {"bias": "lora_only"}, "unknown value of bias 'lora_only'.*ortho_only"),
-    "embedding": ("hra", {"target_modules": ["embed_tokens"]}, "Embedding is not supported: target nn.Linear"),
-    "norm": ("oftv2", {"target_modules": ["input_layernorm"]}, "LlamaRMSNorm is not supported: target nn.Linear"),
+    "norm": (
+        "oftv2",
+        {"target_modules": ["input_layernorm"]},
+        "LlamaRMSNorm is not supported: target nn.Lin",
+    ),
     "no such layer": ("hra", {"target_modules": ["qproj"]}, "qproj"),
     "pattern without layers": ("hra", {"layers_pattern": "layers"}, "give both"),
 }

@@ -20,7 +20,7 @@ import orthoft
 from orthoft.merging import plan
 from orthoft.recipes import RecipeError, load, run
 from orthoft.recipes.evaluate import export_check
-from orthoft.recipes.finetune import AdapterTrainer, adapter_config, load_model
+from orthoft.recipes.finetune import OrthoTrainer, adapter_config, load_model
 from orthoft.recipes.head import Classifier, Head, fit_probe, pooled
 from orthoft.recipes.rehearse import adapter_ranks
 from orthoft.recipes.schema import Adapter, CausalLM
@@ -351,7 +351,7 @@ def test_the_penalty_of_the_adapters_is_in_the_loss(models: Path, tmp_path: Path
         return Classifier(peft.get_peft_model(encoder, adapter_config(adapter, "classification")), head)
 
     def loss(model: Classifier) -> float:
-        trainer = AdapterTrainer(model, TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True))
+        trainer = OrthoTrainer(model, TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True))
         ids = torch.tensor([[3, 4, 5], [6, 7, 8]])
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1])}
         value: torch.Tensor = trainer.compute_loss(trainer.model.eval(), batch)

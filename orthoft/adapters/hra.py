@@ -149,8 +149,13 @@ class HRALayer(OrthoLayer):
     adapter_layer_names = ("orthoft_hra_adapter",)
 
 
+class HRALinear(HRALayer):
+    """A frozen linear layer with HRA adapters; PEFT's "all-linear" knows such layers by the name of their class."""
+
+
 class HRAModel(OrthoModel):
     """A model whose layers carry HRA adapters."""
 
     prefix = "orthoft_hra_"
     tuner_layer_cls = HRALayer
+    linear_layer_cls = HRALinear

@@ -22,6 +22,7 @@ from orthoft.linalg import (
     inverse_update,
     rotation_update,
     skew,
+    within_radius,
 )
 from orthoft.tuner import OrthoModel
 
@@ -35,12 +36,11 @@ class BlockRotation(InputRotation):
     With the exact map ``Q`` is orthogonal; with the series of degree D up to ``||S||^(2D)``.
     """
 
-    def __init__(
-        self, features: int, block_size: int, map: RotationMap, degree: int, block_share: bool, dropout: float
-    ) -> None:
+    def __init__(self, features: int, block_size: int, config: OFTv2Config) -> None:
         super().__init__()
-        self.block_size, self.map, self.degree, self.dropout = block_size, map, degree, dropout
-        blocks = 1 if block_share else features // block_size
+        self.block_size, self.map, self.degree = block_size, config.map, config.degree
+        self.dropout, self.radius = config.dropout, config.radius
+        blocks = 1 if config.block_share else features // block_size
         self.skew = nn.Parameter(torch.empty(blocks, block_size * (block_size - 1) // 2))
         self.features = features
 
@@ -52,7 +52,11 @@ class BlockRotation(InputRotation):
 
     def build(self) -> Tensor:
         """Return ``Q - I`` as blocks (g, b, b)."""
-        return rotation_update(at_least_float32(self.skew), self.block_size, self.map, self.degree)
+        return rotation_update(self.generators(), self.block_size, self.map, self.degree)
+
+    def generators(self) -> Tensor:
+        """Return the strict upper triangles (g, b (b - 1) / 2) of the skew matrices, within the radius."""
+        return within_radius(at_least_float32(self.skew), self.radius, self.features // self.block_size)
 
     def rotate(self, x: Tensor, transpose: bool = False, inverse: bool = False) -> Tensor:
         update = self.matrices()
@@ -81,7 +85,7 @@ class BlockRotation(InputRotation):
         """``R = exp(sum_i w_i log R_i)``, block by block."""
         if any((a.block_size, a.skew.shape) != (self.block_size, self.skew.shape) for a in adapters):
             raise ValueError("adapters of one combination need blocks of the same size in each layer")
-        generators = [skew(a.skew.double(), self.block_size) for a in adapters]
+        generators = [skew(a.generators().double(), self.block_size) for a in adapters]
         rows, cols = torch.triu_indices(self.block_size, self.block_size, 1, device=self.skew.device)
         self.skew.copy_(combine_generators(generators, weights)[:, rows, cols])
 
@@ -106,17 +110,20 @@ class OFTv2Config(OrthoConfig):
             "cayley" (one small solve, exactly orthogonal). Blocks of 64 and more always take "cayley".
         degree: degree of the series, odd.
         block_share: one block for all, ``b (b - 1) / 2`` numbers per layer.
+        radius: bound of ``||S||_F`` over the skew generators of all blocks of a layer (constrained OFT), None for free.
         dropout: probability with which a block is left out of a training step.
         block_size_pattern: block sizes of single layers, by module name or regular expression, as in `rank_pattern`.
 
     Raises:
-        ValueError: an even degree, an unknown map, a dropout outside [0, 1), a block size below 2.
+        ValueError: an even degree, an unknown map, a radius of 0 or less, a dropout outside [0, 1), a block size
+            below 2.
     """
 
     block_size: int = field(default=32, metadata={"help": "Size of the rotated blocks; divides the layer's inputs."})
     map: RotationMap = field(default="series", metadata={"help": "'series' (odd polynomial) or 'cayley' (exact)."})
     degree: int = field(default=5, metadata={"help": "Odd degree of the series."})
     block_share: bool = field(default=False, metadata={"help": "One block for all blocks of a layer."})
+    radius: float | None = field(default=None, metadata={"help": "Bound of the generators' norm in a layer."})
     dropout: float = field(default=0.0, metadata={"help": "Probability that a block is left out of a training step."})
     block_size_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Block sizes of single layers, by name or regular expression."}
@@ -129,6 +136,8 @@ class OFTv2Config(OrthoConfig):
         self._check_choice("map", ("series", "cayley"))
         if self.degree < 1 or self.degree % 2 == 0:
             raise ValueError(f"degree must be odd (the defect is ||S||^(2 degree) then), got {self.degree}")
+        if self.radius is not None and not self.radius > 0:
+            raise ValueError(f"radius must be positive, or None for no constraint, got {self.radius}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
         largest = max([self.block_size, *self.block_size_pattern.values()])
@@ -145,7 +154,7 @@ class OFTv2Config(OrthoConfig):
                 f"block_size {size} does not divide the {in_features} inputs of {key!r}: choose one of "
                 f"{sorted(near)}, or set block_size_pattern={{{key.rpartition('.')[2]!r}: ...}} for this layer"
             )
-        return BlockRotation(in_features, size, self.map, self.degree, self.block_share, self.dropout)
+        return BlockRotation(in_features, size, self)
 
 
 class OFTv2Layer(OrthoLayer):
@@ -154,8 +163,13 @@ class OFTv2Layer(OrthoLayer):
     adapter_layer_names = ("orthoft_oftv2_adapter",)
 
 
+class OFTv2Linear(OFTv2Layer):
+    """A frozen linear layer with OFTv2 adapters; PEFT's "all-linear" knows such layers by the name of their class."""
+
+
 class OFTv2Model(OrthoModel):
     """A model whose layers carry OFTv2 adapters."""
 
     prefix = "orthoft_oftv2_"
     tuner_layer_cls = OFTv2Layer
+    linear_layer_cls = OFTv2Linear
