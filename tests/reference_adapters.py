@@ -12,7 +12,13 @@ from torch import Tensor
 
 def oftv2(weight: Tensor, state: Mapping[str, Tensor], config: Any) -> Tensor:
     """``W Q^T`` with the n x n block-diagonal rotation."""
-    return rotated(weight, state["skew"], config.block_size, config.map, config.degree)
+    skew = state["skew"]
+    if config.radius is not None:
+        bound = config.radius / (weight.shape[1] // config.block_size) ** 0.5
+        skew = torch.stack(
+            [block if (s := (2 * block @ block).sqrt()) < bound else block * bound / s for block in skew]
+        )
+    return rotated(weight, skew, config.block_size, config.map, config.degree)
 
 
 def hra(weight: Tensor, state: Mapping[str, Tensor], config: Any) -> Tensor:

@@ -35,6 +35,7 @@ CASES = {
     "oftv2 cayley": Case(OFTv2Config(block_size=8, map="cayley"), reference.oftv2, exact=True),
     "oftv2 block_share": Case(OFTv2Config(block_size=6, block_share=True), reference.oftv2, exact=False),
     "oftv2 cayley block_share": Case(OFTv2Config(block_size=4, map="cayley", block_share=True), reference.oftv2, True),
+    "oftv2 radius": Case(OFTv2Config(block_size=8, map="cayley", radius=0.5), reference.oftv2, exact=True),
     "hra": Case(HRAConfig(r=4), reference.hra, exact=True, rank=4),
     "hra orthonormal": Case(HRAConfig(r=3, orthonormal=True), reference.hra, exact=True, rank=6),
 }
@@ -524,3 +525,20 @@ def test_several_adapters_act_in_the_order_given(case: Case, two: Any, order: li
     assert torch.equal(base.weight, original)
     two.base_model.set_adapter(order[::-1])
     assert error(two(x), wanted) > 1e-2
+
+
+# The constrained variant
+
+
+def test_radius_bounds_the_generator_and_frees_what_is_inside() -> None:
+    tight, free = (OFTv2Config(block_size=4, map="cayley", radius=r) for r in (0.1, 1e3))
+    torch.manual_seed(0)
+    one = tight.make_adapter("lin", IN, OUT)
+    one.reset_parameters(identity=False)
+    norms = one.generators().norm(dim=1) * 2**0.5
+    assert norms.max().item() == pytest.approx(0.1 / 6**0.5, rel=1e-5)
+    other = free.make_adapter("lin", IN, OUT)
+    other.load_state_dict(one.state_dict())
+    torch.testing.assert_close(other.generators(), other.skew.data)
+    with pytest.raises(ValueError, match="radius must be positive"):
+        OFTv2Config(radius=0.0)
