@@ -1,6 +1,7 @@
-"""Time and memory of one adapted layer, side by side with PEFT's, as ratios to the frozen layer in the same run.
+"""Time and memory of adapters, side by side with PEFT's, as ratios to the frozen layer in the same run.
 
-python benchmarks/adapters.py [--width 2048] [--tokens 1024] [--repeats 7]
+python benchmarks/adapters.py                      # one layer of width 2048, a stack of Llama blocks, merge, float32
+python benchmarks/adapters.py --width 2048 4096 --tokens 128 1024 4096 --dtype float32 bfloat16
 """
 
 from __future__ import annotations
@@ -8,36 +9,72 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 
 import peft
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel
 
-from orthoft import HRAConfig, OFTv2Config
+from orthoft import GOFTConfig, HRAConfig, OFTv2Config, PSOFTConfig, SVFTConfig
 
-CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {
-    "orthoft OFTv2 b=32": lambda: OFTv2Config(block_size=32, target_modules=["linear"]),
-    "PEFT OFT b=32": lambda: peft.OFTConfig(oft_block_size=32, target_modules=["linear"]),
-    "orthoft HRA r=8": lambda: HRAConfig(r=8, target_modules=["linear"]),
-    "PEFT HRA r=8": lambda: peft.HRAConfig(r=8, target_modules=["linear"]),
-    "orthoft HRA r=32": lambda: HRAConfig(r=32, target_modules=["linear"]),
-    "PEFT LoRA r=16": lambda: peft.LoraConfig(r=16, target_modules=["linear"]),
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CONFIGS: dict[str, Callable[..., peft.PeftConfig]] = {
+    "orthoft OFTv2 b=32": lambda **on: OFTv2Config(block_size=32, **on),
+    "PEFT OFT b=32": lambda **on: peft.OFTConfig(oft_block_size=32, **on),
+    "PEFT BOFT b=32": lambda **on: peft.BOFTConfig(boft_block_size=32, **on),
+    "orthoft HRA r=8": lambda **on: HRAConfig(r=8, **on),
+    "orthoft HRA r=32": lambda **on: HRAConfig(r=32, **on),
+    "PEFT HRA r=8": lambda **on: peft.HRAConfig(r=8, **on),
+    "orthoft GOFT": lambda **on: GOFTConfig(**on),
+    "orthoft qGOFT": lambda **on: GOFTConfig(mode="quasi", **on),
+    "orthoft PSOFT r=64": lambda **on: PSOFTConfig(r=64, svd="lowrank", **on),
+    "PEFT PSOFT r=64": lambda **on: peft.PsoftConfig(r=64, psoft_alpha=64, ab_svd_init="psoft_init", **on),
+    "orthoft SVFT plain": lambda **on: SVFTConfig(pattern="plain", **on),
+    "orthoft SVFT banded d=2": lambda **on: SVFTConfig(pattern="banded", off_diagonals=2, **on),
+    "PEFT LoRA r=16": lambda **on: peft.LoraConfig(r=16, **on),
 }
 
 
 class OneLayer(nn.Module):
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, width, bias=False, dtype=dtype).requires_grad_(False)
+        self.linear = nn.Linear(width, width, bias=False, dtype=dtype, device=DEVICE).requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)
 
 
+class Blocks(nn.Module):
+    """Two Llama blocks on embeddings: attention, norms and activations, with the linears adapted."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        config = LlamaConfig(
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=width // 64,
+            num_key_value_heads=width // 64,
+            vocab_size=8,
+        )
+        self.model = LlamaModel(config).to(DEVICE, dtype).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.model(inputs_embeds=x[None]).last_hidden_state
+        return hidden
+
+
+def now() -> float:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd keeps for backward, each storage once, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    """Bytes that autograd keeps for backward, each storage once, the model's own tensors left out."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
     def note(t: Tensor) -> Tensor:
@@ -53,35 +90,79 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
 
 
 def seconds(model: nn.Module, x: Tensor) -> float:
-    start = time.perf_counter()
+    start = now()
     model(x).sum().backward()
-    return time.perf_counter() - start
+    return now() - start
+
+
+def adapted(
+    make: Callable[[int, torch.dtype], nn.Module], width: int, dtype: torch.dtype, only: str
+) -> dict[str, nn.Module]:
+    models = {"frozen": make(width, dtype)}
+    for name, config in CONFIGS.items():
+        if only in name:
+            torch.manual_seed(0)
+            on = {"target_modules": ["linear"] if make is OneLayer else "all-linear"}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PEFT's, on its own defaults
+                models[name] = peft.get_peft_model(make(width, dtype), config(**on))
+    return models
+
+
+def forward_backward(models: dict[str, nn.Module], x: Tensor, repeats: int) -> None:
+    """Print a table; runs are interleaved, so that noise meets all alike, and the first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for repeat in range(repeats + 1):
+        for name, model in models.items():
+            took = seconds(model, x)
+            if repeat:
+                times[name].append(took)
+    floor = statistics.median(times["frozen"])
+    kept = saved_bytes(models["frozen"], x)
+    print("| | time / frozen | saved / one input |\n|---|---|---|")
+    for name, model in models.items():
+        ratio = statistics.median(times[name]) / floor
+        saved = (saved_bytes(model, x) - kept) / (x.numel() * x.element_size())
+        print(f"| {name} | {ratio:.2f} | {saved:.2f} |", flush=True)
+
+
+def merge_times(width: int, repeats: int, only: str) -> None:
+    models = adapted(OneLayer, width, torch.float32, only)
+    print(f"\nMerge and unmerge of one {width} x {width} layer, float32\n\n| | merge s | unmerge s |\n|---|---|---|")
+    for name, model in models.items():
+        if name == "frozen":
+            continue
+        took: list[tuple[float, float]] = []
+        for _ in range(repeats + 1):
+            start = now()
+            model.merge_adapter()
+            merged = now()
+            model.unmerge_adapter()
+            took.append((merged - start, now() - merged))
+        merge, unmerge = (statistics.median(column) for column in zip(*took[1:], strict=True))
+        print(f"| {name} | {merge:.2f} | {unmerge:.2f} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--width", type=int, nargs="+", default=[2048])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 1024, 4096])
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", default="", help="part of the names to measure, e.g. orthoft")
+    parser.add_argument("--parts", nargs="+", default=["layer", "blocks", "merge"])
     args = parser.parse_args()
-    print(f"width {args.width}, {args.tokens} tokens, forward + backward, {torch.get_num_threads()} thread(s)")
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.manual_seed(0)
-        x = torch.randn(args.tokens, args.width, dtype=dtype, requires_grad=True)
-        models: dict[str, nn.Module] = {"frozen layer": OneLayer(args.width, dtype)}
-        for name, config in CONFIGS.items():
-            models[name] = peft.get_peft_model(OneLayer(args.width, dtype), config())
-        times: dict[str, list[float]] = {name: [] for name in models}
-        for repeat in range(args.repeats + 1):  # interleaved, so that noise meets all alike; the first round warms up
-            for name, model in models.items():
-                took = seconds(model, x)
-                if repeat:
-                    times[name].append(took)
-        floor = statistics.median(times["frozen layer"])
-        print(f"\n| {dtype} | time / frozen layer | saved / one input |\n|---|---|---|")
-        for name, model in models.items():
-            ratio = statistics.median(times[name]) / floor
-            print(f"| {name} | {ratio:.2f} | {saved_bytes(model, x) / (x.numel() * x.element_size()):.2f} |")
+    print(f"{DEVICE.type}, {torch.get_num_threads()} thread(s), medians of {args.repeats}")
+    for part, make in (("layer", OneLayer), ("blocks", Blocks)):
+        for dtype in (getattr(torch, name) for name in args.dtype if part in args.parts):
+            for width in args.width if part == "layer" else [512]:
+                models = adapted(make, width, dtype, args.only)
+                for tokens in args.tokens if part == "layer" else [1024]:
+                    print(f"\nForward + backward, {part}, width {width}, {tokens} tokens, {dtype}\n")
+                    x = torch.randn(tokens, width, dtype=dtype, device=DEVICE, requires_grad=True)
+                    forward_backward(models, x, args.repeats)
+    if "merge" in args.parts:
+        merge_times(4096, min(3, args.repeats), args.only)
 
 
 if __name__ == "__main__":

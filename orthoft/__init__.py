@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from orthoft._on_import import after_import
 
 if TYPE_CHECKING:
-    from orthoft.adapters import ADAPTERS, HRAConfig, OFTv2Config
+    from orthoft.adapters import ADAPTERS, GOFTConfig, HRAConfig, OFTv2Config, PSOFTConfig, SVFTConfig
     from orthoft.convert import to_lora
     from orthoft.reporting import report
     from orthoft.trainer import OrthoTrainer, WithPenalty
@@ -23,15 +23,30 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ADAPTERS": "orthoft.adapters",
+    "GOFTConfig": "orthoft.adapters",
     "HRAConfig": "orthoft.adapters",
     "OFTv2Config": "orthoft.adapters",
+    "PSOFTConfig": "orthoft.adapters",
+    "SVFTConfig": "orthoft.adapters",
     "OrthoTrainer": "orthoft.trainer",
     "WithPenalty": "orthoft.trainer",
     "penalty": "orthoft.tuner",
     "report": "orthoft.reporting",
     "to_lora": "orthoft.convert",
 }
-__all__ = ["ADAPTERS", "HRAConfig", "OFTv2Config", "OrthoTrainer", "WithPenalty", "penalty", "report", "to_lora"]
+__all__ = [
+    "ADAPTERS",
+    "GOFTConfig",
+    "HRAConfig",
+    "OFTv2Config",
+    "OrthoTrainer",
+    "PSOFTConfig",
+    "SVFTConfig",
+    "WithPenalty",
+    "penalty",
+    "report",
+    "to_lora",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Bases that adapters take from the frozen weight: singular vectors with fixed signs, and fingerprints to know them by."""
+"""Bases that adapters take from the frozen weight: singular vectors with fixed signs, fingerprints, products."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from orthoft.linalg import RotationMap, rotation_update
 
 SVD = Literal["full", "lowrank"]
 
@@ -38,10 +40,36 @@ def signed_svd(
 
 def _leading_range(weight: Tensor, size: int, seed: int, iterations: int = 10) -> Tensor:
     start = torch.randn(weight.shape[1], size, generator=torch.Generator().manual_seed(seed))
-    Q = torch.linalg.qr(weight @ start.to(weight)).Q
+    Q: Tensor = torch.linalg.qr(weight @ start.to(weight)).Q
     for _ in range(iterations):
         Q = torch.linalg.qr(weight @ torch.linalg.qr(weight.mT @ Q).Q).Q
     return Q
+
+
+def subspace_update(
+    entries: Tensor, size: int, map: RotationMap, degree: int, alpha: Tensor | None = None, beta: Tensor | None = None
+) -> Tensor:
+    """Return ``C - I`` (r, r) of ``C = diag(beta) R diag(alpha)``, ``R`` the rotation with the skew ``entries``.
+
+    Summed as ``diag(beta) (R - I) diag(alpha) + diag(alpha beta - 1)``, which keeps small angles exact. ``alpha`` and
+    ``beta`` (r,) scale on the input and the output side; without them ``C = R``. PSOFT, arXiv 2505.11235.
+    """
+    update = rotation_update(entries, size, map, degree)
+    if alpha is None or beta is None:
+        return update
+    return beta[:, None] * update * alpha + torch.diag(alpha * beta - 1)
+
+
+def add_subspace_product(x: Tensor, basis: Tensor, update: Tensor) -> Tensor:
+    """Return ``x (I + B^T D B)`` for rows ``x`` (..., n), a frozen basis ``B`` (r, n) and ``D`` (r, r).
+
+    ``x`` may have any dtype; basis and update are cast to it, ``x`` never is. The update stands between the two thin
+    products, so that backward needs ``x B^T`` (..., r) and not ``x``, and no third thin product.
+    """
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    basis = basis.to(x.dtype)
+    thin = rows @ basis.mT @ update.to(x.dtype)  # (rows, r)
+    return torch.addmm(rows, thin, basis).reshape(x.shape)
 
 
 def fingerprint(rows: Tensor, size: int = 8) -> Tensor:

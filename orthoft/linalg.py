@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -41,9 +41,7 @@ def cayley_update(S: Tensor) -> Tensor:
 
     ``C(S)`` is exactly orthogonal with determinant 1 for every skew ``S`` (..., b, b), and ``C(S)^T = C(-S)``.
     """
-    eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-    half: Tensor = torch.linalg.solve(eye - S, S)
-    return 2 * half
+    return cast(Tensor, _Cayley.apply(S))  # type: ignore[no-untyped-call]
 
 
 def series_update(S: Tensor, degree: int = 5) -> Tensor:
@@ -58,14 +56,63 @@ def series_update(S: Tensor, degree: int = 5) -> Tensor:
     """
     if degree < 1 or degree % 2 == 0:
         raise ValueError(f"degree must be odd and positive (orthogonal to ||S||^(2 degree)), got {degree}")
-    if degree == 1:
-        return S
+    return S if degree == 1 else cast(Tensor, _Series.apply(S, degree))  # type: ignore[no-untyped-call]
+
+
+class _Cayley(torch.autograd.Function):
+    """Saves two matrices a block, where the solve by itself would save four: ``dC = (I - S)^{-1} dS (I + C)``."""
+
+    @staticmethod
+    def forward(S: Tensor) -> Tensor:
+        eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+        half: Tensor = torch.linalg.solve(eye - S, S)
+        return 2 * half
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        S, update = ctx.saved_tensors
+        eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+        of_half: Tensor = torch.linalg.solve((eye - S).mT, grad)
+        return of_half @ (2 * eye + update).mT
+
+
+class _Series(torch.autograd.Function):
+    """Horner's rule, ``H <- 2 I + 2 S + S^2 H`` from ``2 I + S``; backward computes it again, and saves ``S`` alone."""
+
+    @staticmethod
+    def forward(S: Tensor, degree: int) -> Tensor:
+        S2, inner = _horner(S, degree)
+        return 2 * S + S2 @ inner[-1]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        ctx.degree = inputs[1]
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (S,) = ctx.saved_tensors
+        S2, inner = _horner(S, ctx.degree)
+        of_S, of_S2, of_inner = 2 * grad, grad @ inner[-1].mT, S2.mT @ grad
+        for H in reversed(inner[:-1]):
+            of_S = of_S + 2 * of_inner
+            of_S2 = of_S2 + of_inner @ H.mT
+            of_inner = S2.mT @ of_inner
+        return of_S + of_inner + of_S2 @ S.mT + S.mT @ of_S2, None
+
+
+def _horner(S: Tensor, degree: int) -> tuple[Tensor, list[Tensor]]:
+    """Return ``S^2`` and the values of ``H`` for a degree of 3 or more."""
     S2 = S @ S
     eye2 = 2 * torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-    inner = eye2 + S
+    inner = [eye2 + S]
     for _ in range((degree - 3) // 2):
-        inner = eye2 + 2 * S + S2 @ inner
-    return 2 * S + S2 @ inner
+        inner.append(eye2 + 2 * S + S2 @ inner[-1])
+    return S2, inner
 
 
 def within_radius(entries: Tensor, radius: float | None, blocks: int) -> Tensor:

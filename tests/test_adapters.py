@@ -10,10 +10,12 @@ import pytest
 import reference_adapters as reference
 import torch
 from peft import get_peft_model
+from reference_goft import goft
+from reference_psoft import psoft
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from orthoft import HRAConfig, OFTv2Config, penalty
+from orthoft import GOFTConfig, HRAConfig, OFTv2Config, PSOFTConfig, penalty
 from orthoft.adapter import InputRotation
 from orthoft.config import OrthoConfig
 from orthoft.layer import OrthoLayer
@@ -38,6 +40,12 @@ CASES = {
     "oftv2 radius": Case(OFTv2Config(block_size=8, map="cayley", radius=0.5), reference.oftv2, exact=True),
     "hra": Case(HRAConfig(r=4), reference.hra, exact=True, rank=4),
     "hra orthonormal": Case(HRAConfig(r=3, orthonormal=True), reference.hra, exact=True, rank=6),
+    "goft": Case(GOFTConfig(block_size=4), goft, exact=True),
+    "goft scale": Case(GOFTConfig(scale=True), goft, exact=False),
+    "goft quasi": Case(GOFTConfig(mode="quasi", block_size=8), goft, exact=False),
+    "psoft": Case(PSOFTConfig(r=5), psoft, exact=False, rank=5),
+    "psoft strict": Case(PSOFTConfig(r=4, relax=False), psoft, exact=True, rank=4),
+    "psoft series": Case(PSOFTConfig(r=4, relax=False, map="series", svd="lowrank"), psoft, exact=False, rank=4),
 }
 DROPPING = {"own blocks": OFTv2Config(block_size=4, dropout=0.5)}
 DROPPING["shared block"] = replace(DROPPING["own blocks"], block_share=True)
@@ -74,6 +82,7 @@ def adapter_of(model: Any, name: str = "default") -> InputRotation:
 
 def adapter(case: Case, out: int = OUT, features: int = IN, dtype: torch.dtype = torch.float64) -> InputRotation:
     made = case.config.make_adapter("lin", features, out)
+    made.adopt(lambda: torch.randn(out, features, dtype=dtype))
     made.reset_parameters(identity=False)
     return made.to(dtype)
 
@@ -118,6 +127,8 @@ SHAPES = [((1, 24), (24,)), ((31, 48), (3, 1, 48)), ((2, 24), (0, 24)), ((24, 24
 
 @pytest.mark.parametrize(("weight", "input"), SHAPES, ids=str)
 def test_odd_shapes(case: Case, weight: tuple[int, int], input: tuple[int, ...]) -> None:
+    if case.rank is not None and weight[0] < case.rank and isinstance(case.config, PSOFTConfig):
+        pytest.skip("has fewer singular vectors")
     one = adapter(case, *weight)
     W, x = torch.randn(weight, dtype=torch.float64), torch.randn(input, dtype=torch.float64)
     y = one(x, lambda x: x @ W.mT)
@@ -320,7 +331,7 @@ def test_bfloat16_input_is_neither_upcast_nor_saved_twice(
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Made(x.numel()) as made:
         y, saved = saved_for_backward(model, x)
     assert y.dtype == torch.bfloat16
-    assert [t.dtype for t in saved] == [torch.bfloat16]
+    assert [t.dtype for t in saved] in ([torch.bfloat16], [])
     assert made.dtypes == {torch.bfloat16}
     y.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter_of(model).parameters())

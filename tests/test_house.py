@@ -22,6 +22,7 @@ FLOORS = [
     "delta",
     "adapter",
     "peft_compat",
+    "quantization",
     "config",
     "layouts",
     "layer",
@@ -34,7 +35,7 @@ FLOORS = [
     "recipes",
     "cli",
 ]
-HOSTS_OF_PEFT = {f"orthoft.{name}" for name in ("peft_compat", "config", "layer", "tuner")}
+HOSTS_OF_PEFT = {f"orthoft.{name}" for name in ("peft_compat", "quantization", "config", "layer", "tuner")}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

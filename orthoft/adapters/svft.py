@@ -1,0 +1,325 @@
+"""SVFT: a sparse matrix between the singular vectors of the frozen weight is trained. arXiv 2405.19597."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from orthoft.adapter import Adapter, FrozenLinear, Map, cast_for_autocast
+from orthoft.bases import SVD, check_fingerprint, signed_svd
+from orthoft.config import OrthoConfig
+from orthoft.delta import Delta, Dense, LowRank
+from orthoft.layer import OrthoLayer
+from orthoft.linalg import at_least_float32
+from orthoft.sparse import Pattern, compressed, entry_count, find_entries, sparse_product, spectral_fingerprint
+from orthoft.tuner import OrthoModel
+
+Schedule = Literal["auto", "activations", "weight"]
+
+
+def weight_is_cheaper(tokens: int, shape: tuple[int, int], k: int, *, chain: bool, known: bool, training: bool) -> bool:
+    """Say which schedule takes fewer multiplications for T tokens, an (m, n) weight and k singular vectors.
+
+    On activations: ``T k (m + n)``, and ``T m n`` for the frozen layer unless the chain replaces it; backward as many.
+    On the weight: ``T m n + k m n`` for the output and ``U (M V)``; backward ``T m n`` each for the gradients of the
+    input and of the weight, ``k m n`` for ``U^T`` times the latter. A weight that is not known takes the frozen layer
+    besides, ``T m n`` forward and backward. At width d: 2 against ``1.5 + d / T`` times the frozen layer's own cost.
+    """
+    m, n = shape
+    passes = 2 if training else 1
+    on_activations = passes * tokens * (k * (m + n) + (0 if chain else m * n))
+    on_weight = (3 * tokens + 2 * k if training else tokens + k) * m * n + (0 if known else passes * tokens * m * n)
+    return on_weight < on_activations
+
+
+class SpectralUpdate(Adapter):
+    """``W' = W + U M V = U (Sigma + M) V``: M is sparse (k, k), ``U`` (m, k) and ``V`` (k, n) singular vectors of W.
+
+    ``values`` (nnz,) float32 holds the entries of M, zero at the start, times ``sigmoid(gate)`` if there is a ``gate``.
+    ``cols`` (nnz,) and ``offsets`` (k,) say where they stand. The bases are saved only if asked; their fingerprint is,
+    and a state that was trained in other bases is refused with a ValueError.
+
+    Two schedules. On activations: ``U (M (V x))`` is added to the frozen layer, or, where ``U Sigma V`` is its weight
+    up to rounding, ``U (Sigma + M) V x`` replaces it (the outputs then differ from the layer's by rounding, at the
+    start too). On the weight: ``W + U (M V)``, formed once per call, or kept in evaluation mode.
+    """
+
+    values: nn.Parameter
+    gate: nn.Parameter | None
+    U: Tensor
+    V: Tensor
+    sigma: Tensor
+    cols: Tensor
+    offsets: Tensor
+    fingerprint: Tensor
+
+    def __init__(self, config: SVFTConfig, key: str, shape: tuple[int, int], k: int) -> None:
+        super().__init__()
+        self.config, self.name, self.shape, self.k = config, f"{config.seed}:{key}", shape, k
+        count = entry_count(k, 0 if config.pattern == "plain" else config.off_diagonals)
+        self.values = nn.Parameter(torch.empty(count))
+        self.register_parameter("gate", nn.Parameter(torch.empty(())) if config.gate else None)
+        self.register_buffer("U", torch.empty(shape[0], k), persistent=config.save_basis)
+        self.register_buffer("V", torch.empty(k, shape[1]), persistent=config.save_basis)
+        self.register_buffer("sigma", torch.empty(k), persistent=False)
+        self.register_buffer("cols", torch.empty(count, dtype=torch.long), persistent=False)
+        self.register_buffer("offsets", torch.empty(k, dtype=torch.long), persistent=False)
+        self.register_buffer("fingerprint", torch.empty(17))
+        self.embed_scale = 1.0
+        self._factors_weight: bool | None = None
+
+    @torch.no_grad()
+    def adopt(self, weight: Callable[[], Tensor]) -> None:
+        """Take the bases from the weight, by an SVD in float64: neighbouring vectors are hardly determined in less.
+
+        Raises:
+            ValueError: the weight has no values yet.
+        """
+        W = weight()
+        if W.is_meta:
+            raise ValueError("SVFT takes its bases from the weight, which is on the meta device: load the model first")
+        rank = None if self.k == min(self.shape) else self.k
+        precise = W.to("cpu" if W.device.type == "mps" else W.device, torch.float64)  # MPS has no float64
+        found = signed_svd(precise, rank, self.config.svd, self.config.seed)
+        self.U, self.sigma, self.V = (part.to(W.device, W.dtype).contiguous() for part in found)
+        self.fingerprint = self._take_entries().to(W.device)
+
+    def reset_parameters(self, identity: bool = True) -> None:
+        start: Callable[[Tensor], Any] = nn.init.zeros_ if identity else lambda t: nn.init.normal_(t, std=0.1)
+        for parameter in self.parameters():
+            start(parameter)
+
+    def sources(self) -> list[Tensor]:
+        return list(self.parameters())
+
+    def entries(self) -> Tensor:
+        """Return the entries of M (nnz,)."""
+        values = at_least_float32(self.values)
+        return values if self.gate is None else values * torch.sigmoid(at_least_float32(self.gate))
+
+    def right(self, entries: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``M V`` (k, n)."""
+        return sparse_product(entries, self.cols, self.offsets, self.V.to(dtype))
+
+    def update(self, entries: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``U M V`` (m, n)."""
+        return self.U.to(dtype) @ self.right(entries, dtype)
+
+    def build(self) -> tuple[Tensor, Tensor | None]:
+        """Return the entries of M, and where it will be kept and the schedule is to use it, ``U M V``."""
+        entries = self.entries()
+        passing = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        dense = self.config.schedule == "weight" and not passing
+        return entries, self.update(entries, self.U.dtype) if dense else None
+
+    def forward(self, x: Tensor, linear: FrozenLinear) -> Tensor:
+        x = cast_for_autocast(x)
+        entries, update = self.matrices()
+        chain = self._may_chain(x, linear)
+        if update is None and not self._on_weight(x, linear, chain):
+            return self._on_activations(x, linear, entries, chain)
+        if update is None:
+            update = self.update(entries, x.dtype if linear.weight is None else linear.weight.dtype)
+        if linear.weight is None:
+            return linear(x) + nn.functional.linear(x, update.to(x.dtype))
+        return nn.functional.linear(x, linear.weight + update.to(linear.weight.dtype), linear.bias)
+
+    def lookup(self, ids: Tensor, embed: Map) -> Tensor:
+        rows = embed(ids)
+        change = self.U[ids].to(rows.dtype) @ self.right(self.entries(), rows.dtype)
+        return rows + change * self.embed_scale
+
+    def delta(self, weight: Tensor) -> Delta:
+        entries = self.entries()
+        if self.k == min(self.shape):
+            return Dense(self.update(entries, weight.dtype))
+        return LowRank(self.U.to(weight.dtype), self.right(entries, weight.dtype))
+
+    def flops_per_token(self) -> int:
+        """On activations, beside the frozen layer; ``2 m n`` less where the chain replaces it."""
+        return 2 * self.k * sum(self.shape) + 2 * self.values.numel()
+
+    def combine(self, adapters: Sequence[Self], weights: Sequence[float]) -> None:
+        """``M = sum_i w_i M_i``, exact: the update is linear in M."""
+        first = adapters[0]
+        for other in adapters[1:]:
+            if not torch.equal(other.cols, first.cols) or not torch.equal(other.offsets, first.offsets):
+                raise ValueError("SVFT adapters of one combination need the same pattern of entries in each layer")
+            check_fingerprint(other.fingerprint, first.fingerprint, "one of the combined adapters")
+        for name in ("U", "V", "sigma", "cols", "offsets", "fingerprint"):
+            setattr(self, name, getattr(first, name).clone())
+        self._factors_weight = None
+        total = torch.stack([w * a.entries() for a, w in zip(adapters, weights, strict=True)]).sum(0)
+        if self.gate is not None:
+            self.gate.zero_()
+            total = 2 * total  # the sigmoid halves it
+        self.values.copy_(total)
+
+    def train(self, mode: bool = True) -> Self:
+        self._factors_weight = None
+        return super().train(mode)
+
+    def _on_activations(self, x: Tensor, linear: FrozenLinear, entries: Tensor, chain: bool) -> Tensor:
+        inner = self.V.to(x.dtype) @ x.reshape(-1, self.shape[1]).mT  # (k, T)
+        changed = sparse_product(entries, self.cols, self.offsets, inner)
+        if not chain:
+            change = nn.functional.linear(changed.mT, self.U.to(x.dtype))
+            return linear(x) + change.reshape(*x.shape[:-1], self.shape[0])
+        changed = torch.addcmul(changed, self.sigma[:, None], inner)
+        return nn.functional.linear(changed.mT, self.U, linear.bias).reshape(*x.shape[:-1], self.shape[0])
+
+    def _on_weight(self, x: Tensor, linear: FrozenLinear, chain: bool) -> bool:
+        if self.config.schedule != "auto":
+            return self.config.schedule == "weight"
+        training = torch.is_grad_enabled() and self.values.requires_grad
+        tokens, known = x.numel() // self.shape[1], linear.weight is not None
+        return weight_is_cheaper(tokens, self.shape, self.k, chain=chain, known=known, training=training)
+
+    def _may_chain(self, x: Tensor, linear: FrozenLinear) -> bool:
+        """Say whether ``U Sigma V`` may stand for the frozen layer: nothing is cut off, rounded or trained there."""
+        weight = linear.weight
+        if weight is None or weight.requires_grad or self.k < min(self.shape):
+            return False
+        alike = x.dtype == weight.dtype == self.U.dtype and x.dtype in (torch.float32, torch.float64)
+        return alike and self._gives(weight)
+
+    def _gives(self, weight: Tensor) -> bool:
+        """Say whether the weight is (still) ``U Sigma V``, by one product with a vector per change of mode.
+
+        While compiling it is taken for granted: the answer would break the graph.
+        """
+        if self._factors_weight is None and not torch.compiler.is_compiling():
+            with torch.no_grad():
+                probe = torch.randn(self.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+                wanted = weight @ probe
+                error = torch.linalg.vector_norm(self.U @ (self.sigma * (self.V @ probe)) - wanted)
+                allowed = 100 * torch.finfo(weight.dtype).eps * torch.linalg.vector_norm(wanted)
+                self._factors_weight = bool(error <= allowed)
+        return self._factors_weight is not False
+
+    def _take_entries(self) -> Tensor:
+        """Find the entries for the bases as they are now, and return the fingerprint of all of it."""
+        found = find_entries(self.config.pattern, self.config.off_diagonals, self.U, self.V, self.name)
+        self.cols, self.offsets = (part.to(self.U.device) for part in compressed(found, self.k))
+        self._factors_weight = None
+        return spectral_fingerprint(self.U, self.V, found)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        found, saved = self._take_entries(), state_dict.get(f"{prefix}fingerprint")
+        if saved is not None and not saved.is_meta:
+            # A model that was cast before it was saved has rounded the fingerprint too.
+            rounding = torch.finfo(saved.dtype).eps * saved.abs().max().item()
+            check_fingerprint(saved, found, f"the adapter of {prefix.rstrip('.')}", 5e-3 + rounding)
+
+
+@dataclass
+class SVFTConfig(OrthoConfig):
+    """Configuration of SVFT (arXiv 2405.19597): ``W' = U (Sigma + M) V^T``, M sparse, over the singular vectors of W.
+
+    Trains k numbers per layer with k = min(m, n) singular vectors (plain), or ``k (2 d + 1) - d (d + 1)``. The bases
+    take ``k (m + n)`` numbers of memory per layer, in float32.
+
+    Args:
+        pattern: "plain" (the diagonal), "banded" (``|i - j| <= d``), "random" (as many entries anywhere) or "top_k"
+            (as many with the largest ``|u_i^T v_j|``; square weights only).
+        off_diagonals: d, not used by "plain".
+        rank: keep the leading singular vectors only; all if None.
+        gate: one more number per layer, ``M = values * sigmoid(gate)``.
+        schedule: "activations", "weight" (for many tokens per call: forms W' in each training step, and keeps
+            ``U M V^T`` in evaluation mode), or "auto", the cheaper one for the number of tokens.
+        svd: "full", or "lowrank" (randomised, with a rank).
+        seed: of the random pattern and of the randomised SVD.
+        save_basis: save the singular vectors with the adapter; otherwise they are computed again when it is loaded,
+            and compared with a saved fingerprint.
+        rank_pattern: ranks of single layers, by module name or regular expression.
+
+    Raises:
+        ValueError: an unknown pattern, schedule or svd, a negative number of off-diagonals, a rank below 1, "lowrank"
+            without a rank.
+    """
+
+    pattern: Pattern = field(default="plain", metadata={"help": "'plain', 'banded', 'random' or 'top_k'."})
+    off_diagonals: int = field(default=2, metadata={"help": "Off-diagonals on each side, or as many entries."})
+    rank: int | None = field(default=None, metadata={"help": "Number of leading singular vectors, all if None."})
+    gate: bool = field(default=False, metadata={"help": "Train a common factor per layer as well."})
+    schedule: Schedule = field(default="auto", metadata={"help": "'auto', 'activations' or 'weight'."})
+    svd: SVD = field(default="full", metadata={"help": "'full', or 'lowrank' (randomised) with a rank."})
+    seed: int = field(default=0, metadata={"help": "Seed of the random pattern and the randomised SVD."})
+    save_basis: bool = field(default=False, metadata={"help": "Save the singular vectors with the adapter."})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Ranks of single layers, by name or regular expression."}
+    )
+
+    method = "svft"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choice("pattern", get_args(Pattern))
+        self._check_choice("schedule", get_args(Schedule))
+        self._check_choice("svd", get_args(SVD))
+        if self.off_diagonals < 0:
+            raise ValueError(f"off_diagonals must not be negative, got {self.off_diagonals}")
+        for rank in (self.rank, *self.rank_pattern.values()):
+            if rank is not None and rank < 1:
+                raise ValueError(f"rank must be a positive number of singular vectors, got {rank}")
+        if self.svd == "lowrank" and self.rank is None:
+            raise ValueError("svd='lowrank' finds the leading singular vectors only: give a rank, or take svd='full'")
+
+    def combined(self, others: Sequence[Self], keys: Sequence[str]) -> Self:
+        """As for the others, but they may be run and saved in different ways."""
+        alike = [replace(c, schedule=self.schedule, save_basis=self.save_basis) for c in others]
+        return super().combined(alike, keys)
+
+    def make_adapter(self, key: str, in_features: int, out_features: int) -> SpectralUpdate:
+        full = min(in_features, out_features)
+        rank = self._rank(key, full)
+        if rank > full:
+            raise ValueError(
+                f"rank {rank} does not fit {key!r}, which has {full} singular vectors: choose a smaller rank, or set "
+                f"rank_pattern={{{key.rpartition('.')[2]!r}: ...}} for this layer"
+            )
+        if self.pattern == "top_k" and in_features != out_features:
+            raise ValueError(
+                f"pattern 'top_k' compares left with right singular vectors, so it needs square weights, but {key!r} "
+                f"is ({out_features}, {in_features}): choose another pattern, or leave it out with exclude_modules"
+            )
+        return SpectralUpdate(self, key, (out_features, in_features), rank)
+
+    def _rank(self, key: str, full: int) -> int:
+        """Return the number of singular vectors of the layer ``key``, which has ``full`` of them."""
+        return self._by_pattern(self.rank_pattern, key, full if self.rank is None else self.rank)
+
+
+class SVFTLayer(OrthoLayer):
+    """A frozen layer with SVFT adapters."""
+
+    adapter_layer_names = ("orthoft_svft_adapter",)
+
+    def update_layer(self, adapter_name: str, config: OrthoConfig, key: str) -> None:
+        super().update_layer(adapter_name, config, key)
+        adapter = self.adapters[adapter_name]
+        assert isinstance(adapter, SpectralUpdate)
+        adapter.embed_scale = _embed_scale(self.get_base_layer())
+
+
+class SVFTLinear(SVFTLayer):
+    """A frozen linear layer with SVFT adapters; PEFT's "all-linear" knows such layers by the name of their class."""
+
+
+class SVFTModel(OrthoModel):
+    """A model whose layers carry SVFT adapters."""
+
+    prefix = "orthoft_svft_"
+    tuner_layer_cls = SVFTLayer
+    linear_layer_cls = SVFTLinear
+
+
+def _embed_scale(base: Any) -> float:
+    """Return what an embedding multiplies its rows by, rounded as it does (Gemma casts it, BART has a number)."""
+    scale = getattr(base, "embed_scale", 1.0)
+    return float(scale.to(base.weight.dtype) if isinstance(scale, Tensor) else scale)
