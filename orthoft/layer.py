@@ -14,7 +14,7 @@ from orthoft.adapter import Adapter, Map
 from orthoft.config import OrthoConfig
 from orthoft.layouts import layout_of
 from orthoft.linalg import at_least_float32
-from orthoft.peft_compat import quantization_backend
+from orthoft.quantization import OriginalWeight, quantization_backend, requantization_error
 
 
 class OrthoLayer(nn.Module, BaseTunerLayer):
@@ -39,7 +39,8 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
         self.merged_adapters: list[str] = []
-        self._original_weight: Tensor | None = None
+        self._original_weight: OriginalWeight | None = None
+        self.requantization_error: float | None = None  # of the merged weight, relative, if the layer is quantised
         base = self.get_base_layer()
         self.layout = layout_of(base)
         self.in_features, self.out_features = self.layout.features(base)
@@ -54,7 +55,7 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
         """Add an adapter."""
         adapter = config.make_adapter(key, self.in_features, self.out_features)
         with gather_params_ctx(self.get_base_layer().parameters()):  # ZeRO-3 keeps them in parts
-            adapter.adopt(lambda: at_least_float32(self.layout.rows(self.get_base_weight())))
+            adapter.adopt(self._frozen_rows)
         adapter.reset_parameters(identity=config.init_weights)
         self.adapters[adapter_name] = adapter.train(self.training)
         buffers = {name: buffer for name, buffer in adapter.named_buffers() if buffer.dtype == torch.float32}
@@ -93,30 +94,33 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
         return torch.cat(parts)[torch.argsort(order)]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put adapters into the weight: computed in float32 from the original, rounded once.
+        """Put adapters into the weight: computed in float32 from the original, rounded (or quantised) once.
 
         Raises:
-            ValueError: with ``safe_merge``, if the merged weight is not finite (nothing has changed then).
+            ValueError: the layer is quantised in a way that cannot be merged into; with ``safe_merge``, if the merged
+                weight is not finite. Nothing has changed then.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.adapters]
         if not names:
             return
-        stored = self.get_base_layer().weight if self.quantization_backend is None else self.get_base_weight()
-        original = stored.detach().cpu().clone() if self._original_weight is None else self._original_weight
-        merged = self._merged_weight(original.to(stored.device), [*self.merged_adapters, *names])
+        base = self.get_base_layer()
+        original = self._original_weight or OriginalWeight(base, self.quantization_backend)
+        weight = original.read(base.weight.device)
+        merged = self._merged_weight(weight, [*self.merged_adapters, *names])
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"merging {', '.join(names)} gives NaN or Inf in the weight: the adapter seems broken")
-        self.set_base_weight(merged)
+        self.set_base_weight(merged.to(weight.dtype))
         self._original_weight = original
         self.merged_adapters.extend(names)
+        if self.quantization_backend is not None:
+            self.requantization_error = requantization_error(self, merged)
 
     def unmerge(self) -> None:
         """Restore the weight from before the merges, bit for bit."""
         if self._original_weight is None:
             return
-        weight = self.get_base_layer().weight
-        self.set_base_weight(self._original_weight.to(weight.device))
-        self._original_weight = None
+        self._original_weight.restore(self)
+        self._original_weight = self.requantization_error = None
         self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(
@@ -138,9 +142,16 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
 
+    def _frozen_rows(self) -> Tensor:
+        """Return the (m, n) weight without what is merged into it, in float32 or more."""
+        original, device = self._original_weight, self.get_base_layer().weight.device
+        weight = self.get_base_weight() if original is None else original.read(device)
+        return at_least_float32(self.layout.rows(weight))
+
     @torch.no_grad()
     def _merged_weight(self, weight: Tensor, names: list[str]) -> Tensor:
+        """Return the merged weight in the layout of ``weight``, in float32 or more."""
         rows = at_least_float32(self.layout.rows(weight))
         for name in names:
             rows = self.adapters[name].merged(rows)
-        return self.layout.stored(rows, weight).to(weight.dtype).contiguous()
+        return self.layout.stored(rows, weight).contiguous()

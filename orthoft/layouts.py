@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from orthoft.adapter import Adapter, FrozenLinear, Map
 from orthoft.linalg import at_least_float32
+from orthoft.quantization import quantization_backend
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -123,6 +124,9 @@ def layout_of(base: nn.Module) -> Layout:
         return EmbeddingLayout()
     if isinstance(base, CONVOLUTIONS):
         return ConvLayout()
+    backend = quantization_backend(base)  # GPTQ's and AWQ's layers are no nn.Linear
+    if backend is not None and backend.layer_type == "linear":
+        return LinearLayout()
     raise ValueError(
         f"{type(base).__name__} is not supported: target nn.Linear, Conv1D, nn.Embedding or nn.Conv1d to nn.Conv3d "
         "layers (or exclude this one)"
@@ -132,4 +136,5 @@ def layout_of(base: nn.Module) -> Layout:
 def _plain(base: Any) -> bool:
     """Say whether the weight may be used in place of the call: a float tensor in a layer nobody has hooked into."""
     own_class = type(base) in (nn.Linear, Conv1D)
-    return own_class and base.weight.is_floating_point() and not hasattr(base, "_hf_hook") and not base._forward_hooks
+    own_weight = type(base.weight) in (Tensor, nn.Parameter) and base.weight.is_floating_point()
+    return own_class and own_weight and not hasattr(base, "_hf_hook") and not base._forward_hooks

@@ -77,7 +77,8 @@ class _Cayley(torch.autograd.Function):
         S, update = ctx.saved_tensors
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
         of_half: Tensor = torch.linalg.solve((eye - S).mT, grad)
-        return of_half @ (2 * eye + update).mT
+        of_S: Tensor = of_half @ (2 * eye + update).mT
+        return of_S
 
 
 class _Series(torch.autograd.Function):
@@ -181,7 +182,7 @@ def add_low_rank_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     ``x`` may have any dtype; the factors are cast to it, ``x`` never is.
     """
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    thin = rows @ left.to(x.dtype).mT  # (rows, r)
+    thin = torch.nn.functional.linear(rows, left.to(x.dtype))  # (rows, r); its gradient is (r, n), never transposed
     return torch.addmm(rows, thin, right.to(x.dtype), alpha=-1).reshape(x.shape)
 
 

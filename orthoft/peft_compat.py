@@ -1,15 +1,14 @@
-"""What depends on PEFT's version: registering methods it does not know, quantised layers, the saved model card."""
+"""What depends on PEFT's version: registering methods it does not know, the saved model card."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, register_peft_method
-from torch import nn
 
 HINT = """
 ## Loading this adapter
@@ -55,24 +54,6 @@ def _add_member(name: str) -> None:
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
-
-
-def quantization_backend(base_layer: nn.Module, **kwargs: Any) -> Any:
-    """Return PEFT's reader and writer of a quantised weight, or None for a plain layer (or a PEFT that has none)."""
-    try:
-        from peft.utils.quantization_utils import resolve_quantization_backend
-    except ImportError:  # PEFT 0.20
-        return None
-    return resolve_quantization_backend(base_layer, **kwargs)
-
-
-def quantization_kwargs(model: nn.Module) -> dict[str, Any]:
-    """Return what a quantised model knows that its layers need to be quantised again."""
-    try:
-        from peft.utils.quantization_utils import get_quantization_kwargs
-    except ImportError:  # PEFT 0.20
-        return {}
-    return cast(dict[str, Any], get_quantization_kwargs(model))
 
 
 def saves_biases() -> bool:

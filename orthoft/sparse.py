@@ -1,4 +1,4 @@
-"""Sparse cores: which entries of a (k, k) matrix are trained, and its product with a dense matrix.
+"""Sparse cores between singular vectors: which entries of a (k, k) matrix are trained, and its products.
 
 Entries are flat row-major indices ``i k + j``, ascending, on the CPU: they follow from a configuration and the bases,
 and are never saved.
@@ -7,12 +7,13 @@ and are never saved.
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from orthoft.bases import fingerprint
+from orthoft.bases import SVD, fingerprint, signed_svd
 
 Pattern = Literal["plain", "banded", "random", "top_k"]
 
@@ -21,6 +22,12 @@ def entry_count(k: int, off_diagonals: int) -> int:
     """Return the number of entries with ``|i - j| <= d``: ``k (2 d + 1) - d (d + 1)``, all from d = k - 1 on."""
     d = min(off_diagonals, k - 1)
     return k * (2 * d + 1) - d * (d + 1)
+
+
+def core_size(count: int, off_diagonals: int) -> int:
+    """Return the k of a core with ``count`` entries: the inverse of `entry_count`."""
+    k = (count + off_diagonals * (off_diagonals + 1)) // (2 * off_diagonals + 1)
+    return k if k > off_diagonals else math.isqrt(count)
 
 
 def find_entries(pattern: Pattern, off_diagonals: int, U: Tensor, V: Tensor, name: str) -> Tensor:
@@ -75,6 +82,21 @@ def compressed(entries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return entries % k, torch.searchsorted(entries, torch.arange(k) * k)
 
 
+def weight_is_cheaper(tokens: int, shape: tuple[int, int], k: int, *, chain: bool, known: bool, training: bool) -> bool:
+    """Say which schedule takes fewer multiplications for T tokens, an (m, n) weight and k singular vectors.
+
+    On activations: ``T k (m + n)``, and ``T m n`` for the frozen layer unless the chain replaces it; backward as many.
+    On the weight: ``T m n + k m n`` for the output and ``U (M V)``; backward ``T m n`` each for the gradients of the
+    input and of the weight, ``k m n`` for ``U^T`` times the latter. A weight that is not known takes the frozen layer
+    besides, ``T m n`` forward and backward. At width d: 2 against ``1.5 + d / T`` times the frozen layer's own cost.
+    """
+    m, n = shape
+    passes = 2 if training else 1
+    on_activations = passes * tokens * (k * (m + n) + (0 if chain else m * n))
+    on_weight = (3 * tokens + 2 * k if training else tokens + k) * m * n + (0 if known else passes * tokens * m * n)
+    return on_weight < on_activations
+
+
 def sparse_product(values: Tensor, cols: Tensor, offsets: Tensor, Z: Tensor) -> Tensor:
     """Return ``M Z`` for the (k, k) matrix in compressed rows and ``Z`` (k, t), in the dtype of ``Z``.
 
@@ -84,6 +106,17 @@ def sparse_product(values: Tensor, cols: Tensor, offsets: Tensor, Z: Tensor) -> 
     return torch.nn.functional.embedding_bag(
         cols, Z, offsets, mode="sum", per_sample_weights=values.to(Z.dtype)
     )  # (k, t)
+
+
+def spectral_bases(weight: Tensor, rank: int | None, svd: SVD, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``U`` (m, k), the singular values (k,) and ``V`` (k, n) of a weight in its own dtype.
+
+    Found in float64: in float32 neighbouring singular vectors are determined to some 1e-3 only, which differs from
+    machine to machine.
+    """
+    precise = weight.to("cpu" if weight.device.type == "mps" else weight.device, torch.float64)  # MPS has none
+    U, s, V = (part.to(weight.device, weight.dtype).contiguous() for part in signed_svd(precise, rank, svd, seed))
+    return U, s, V
 
 
 def spectral_fingerprint(U: Tensor, V: Tensor, entries: Tensor) -> Tensor:

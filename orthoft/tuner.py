@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +17,7 @@ from orthoft.config import OrthoConfig
 from orthoft.errors import unknown
 from orthoft.layer import OrthoLayer
 from orthoft.layouts import LinearLayout, layout_of
-from orthoft.peft_compat import quantization_kwargs
+from orthoft.quantization import check_mergeable, quantization_kwargs, requantization_summary
 
 
 class OrthoModel(BaseTuner):
@@ -82,6 +83,36 @@ class OrthoModel(BaseTuner):
             self.delete_adapter(adapter_name)
             raise
         self.set_adapter(self.active_adapters)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge into every layer; where one of them cannot be merged into, into none."""
+        with self._requantization_reported(adapter_names):
+            super().merge_adapter(adapter_names, safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Merge as `merge_adapter` does, and return the base model."""
+        with self._requantization_reported(adapter_names):
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _requantization_reported(self, adapter_names: list[str] | None) -> Iterator[None]:
+        """Check that all layers can be merged into, and warn once of what requantising them has changed."""
+        named = ((key, module) for key, module in self.model.named_modules() if isinstance(module, OrthoLayer))
+        wanted = adapter_names or self.active_adapters
+        layers = {key: layer for key, layer in named if any(name in layer.adapters for name in wanted)}
+        for layer in layers.values():
+            check_mergeable(layer.get_base_layer(), layer.quantization_backend)
+        merged = {key: len(layer.merged_adapters) for key, layer in layers.items()}
+        yield
+        errors = {
+            key: error
+            for key, layer in layers.items()
+            if (error := layer.requantization_error) is not None and len(layer.merged_adapters) > merged[key]
+        }
+        if errors:
+            warnings.warn(requantization_summary(errors), stacklevel=4)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -46,6 +46,6 @@ def entries(config: Any, U: Tensor, V: Tensor, key: str = "lin") -> list[tuple[i
         order = torch.randperm(k * k, generator=torch.Generator().manual_seed(int(digest[:14], 16)))
         return sorted(places[at] for at in order[: len(band)].tolist())
     if config.pattern == "top_k":
-        score = {(i, j): math.fabs(float(U[:, i] @ V[j])) for i, j in places}
+        score = {(i, j): math.fabs(float(U[:, i].detach() @ V[j].detach())) for i, j in places}
         return sorted(sorted(places, key=lambda place: -score[place])[: len(band)])
     return band

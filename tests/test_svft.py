@@ -13,17 +13,17 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from reference_svft import entries, svft
 from safetensors.torch import load_file
+from tiny import save_llama
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from orthoft import sparse
 from orthoft.adapter import FrozenLinear
-from orthoft.adapters.svft import SpectralUpdate, SVFTConfig, SVFTModel, weight_is_cheaper
+from orthoft.adapters.svft import SpectralUpdate, SVFTConfig
 from orthoft.delta import LowRank
 from orthoft.layer import OrthoLayer
-from orthoft.peft_compat import register
-
-register("svft", SVFTConfig, SVFTModel)
+from orthoft.sparse import weight_is_cheaper
 
 SIZE, OUT, IN, ROWS = 12, 10, 24, 7
 
@@ -496,17 +496,67 @@ def test_saved_bases_need_no_fitting_base(pattern: Any, schedule: Any, tmp_path:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_model_cast_after_it_was_made_loads(dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("save_basis", [False, True])
+def test_a_model_cast_after_it_was_made_keeps_its_bases(dtype: torch.dtype, save_basis: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    lin = linear((OUT, IN), torch.float32)
-    model = adapted(SVFTConfig(pattern="banded"), linear((OUT, IN), torch.float32))
-    with torch.no_grad():
-        layer_of(model).base_layer.weight.copy_(lin.weight)
-        adapter_of(model).adopt(lambda: lin.weight)
-    PeftModel.from_pretrained(Net(lin), saved(model.to(dtype), tmp_path))
-    nn.init.normal_(lin.weight)
-    with pytest.raises(ValueError, match="trained in another basis"):
-        PeftModel.from_pretrained(Net(lin.float()), tmp_path)
+    lin, copy = linear((OUT, IN), torch.float32), linear((OUT, IN), torch.float32)
+    copy.load_state_dict(lin.state_dict())
+    model = adapted(SVFTConfig(pattern="banded", save_basis=save_basis), copy)
+    bases = bases_of(model)
+    model.to(dtype)
+    assert adapter_of(model).values.dtype == dtype
+    assert all(torch.equal(bases[name], found) for name, found in bases_of(model).items())
+    again = PeftModel.from_pretrained(Net(lin), saved(model, tmp_path))
+    assert torch.equal(adapter_of(again).values, adapter_of(model).values)
+    assert torch.equal(adapter_of(again).U, bases["U"])
+
+
+@pytest.mark.parametrize("save_basis", [False, True])
+def test_transformers_loads_it(save_basis: bool, tmp_path: Path) -> None:
+    save_llama(tmp_path / "base")
+
+    def base(seed: int) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        torch.manual_seed(seed)
+        nn.init.normal_(model.model.layers[1].self_attn.q_proj.weight)
+        return model.eval()
+
+    config = SVFTConfig(pattern="top_k", target_modules=["q_proj", "o_proj"], init_weights=False, save_basis=save_basis)
+    model = get_peft_model(base(0), config)
+    folder = saved(model, tmp_path / "adapter")
+    again, ids = base(0), torch.arange(8)[None]
+    again.load_adapter(str(folder))
+    assert distance(again(ids).logits, model.eval()(ids).logits) < 1e-5
+    assert distance(again(ids).logits, base(0)(ids).logits) > 1e-2
+    other = base(1)
+    if not save_basis:
+        with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj' was trained in another basis"):
+            other.load_adapter(str(folder))
+        return
+    other.load_adapter(str(folder))
+    loaded = other.model.layers[1].self_attn.q_proj
+    trained = model.base_model.model.model.layers[1].self_attn.q_proj
+    assert distance(loaded.get_delta_weight("default"), trained.get_delta_weight("default")) < 1e-6
+
+
+def test_the_merged_weight_is_that_of_the_authors_formula() -> None:
+    """``(V^T (Sigma + s sigmoid(g))^T U^T)^T``, the weight that the authors' layer multiplies with."""
+    torch.manual_seed(0)
+    W = torch.randn(OUT, IN, dtype=torch.float64)
+    one = adapter(SVFTConfig(pattern="banded", gate=True), W)
+    U, sigma, V = torch.linalg.svd(W, full_matrices=False)
+    turned = torch.sign((V * one.V).sum(1))
+    rows, cols = torch.tensor(places_of(one)) // OUT, torch.tensor(places_of(one)) % OUT
+    core = torch.diag(sigma)
+    core[rows, cols] += one.values.detach() * torch.sigmoid(one.gate.detach()) * turned[rows] * turned[cols]
+    assert distance(one.merged(W), (V.T @ core.T @ U.T).T) < 1e-12
+
+
+@pytest.mark.parametrize("off_diagonals", [0, 1, 3, 40])
+def test_size_of_a_core_by_its_entries(off_diagonals: int) -> None:
+    assert [sparse.core_size(sparse.entry_count(k, off_diagonals), off_diagonals) for k in range(1, 60)] == [
+        *range(1, 60)
+    ]
 
 
 def test_a_weight_without_values_is_refused() -> None:

@@ -10,36 +10,30 @@ import torch
 from torch import Tensor, nn
 
 from orthoft.adapter import Adapter, FrozenLinear, Map, cast_for_autocast
-from orthoft.bases import SVD, check_fingerprint, signed_svd
+from orthoft.bases import SVD, check_fingerprint
 from orthoft.config import OrthoConfig
 from orthoft.delta import Delta, Dense, LowRank
 from orthoft.layer import OrthoLayer
 from orthoft.linalg import at_least_float32
-from orthoft.sparse import Pattern, compressed, entry_count, find_entries, sparse_product, spectral_fingerprint
+from orthoft.sparse import (
+    Pattern,
+    compressed,
+    entry_count,
+    find_entries,
+    sparse_product,
+    spectral_bases,
+    spectral_fingerprint,
+    weight_is_cheaper,
+)
 from orthoft.tuner import OrthoModel
 
 Schedule = Literal["auto", "activations", "weight"]
 
 
-def weight_is_cheaper(tokens: int, shape: tuple[int, int], k: int, *, chain: bool, known: bool, training: bool) -> bool:
-    """Say which schedule takes fewer multiplications for T tokens, an (m, n) weight and k singular vectors.
-
-    On activations: ``T k (m + n)``, and ``T m n`` for the frozen layer unless the chain replaces it; backward as many.
-    On the weight: ``T m n + k m n`` for the output and ``U (M V)``; backward ``T m n`` each for the gradients of the
-    input and of the weight, ``k m n`` for ``U^T`` times the latter. A weight that is not known takes the frozen layer
-    besides, ``T m n`` forward and backward. At width d: 2 against ``1.5 + d / T`` times the frozen layer's own cost.
-    """
-    m, n = shape
-    passes = 2 if training else 1
-    on_activations = passes * tokens * (k * (m + n) + (0 if chain else m * n))
-    on_weight = (3 * tokens + 2 * k if training else tokens + k) * m * n + (0 if known else passes * tokens * m * n)
-    return on_weight < on_activations
-
-
 class SpectralUpdate(Adapter):
     """``W' = W + U M V = U (Sigma + M) V``: M is sparse (k, k), ``U`` (m, k) and ``V`` (k, n) singular vectors of W.
 
-    ``values`` (nnz,) float32 holds the entries of M, zero at the start, times ``sigmoid(gate)`` if there is a ``gate``.
+    ``values`` (nnz,) float32 holds the entries of M, zero at the start, times ``sigmoid(gate)`` if there is a ``gate`` (1,).
     ``cols`` (nnz,) and ``offsets`` (k,) say where they stand. The bases are saved only if asked; their fingerprint is,
     and a state that was trained in other bases is refused with a ValueError.
 
@@ -62,7 +56,7 @@ class SpectralUpdate(Adapter):
         self.config, self.name, self.shape, self.k = config, f"{config.seed}:{key}", shape, k
         count = entry_count(k, 0 if config.pattern == "plain" else config.off_diagonals)
         self.values = nn.Parameter(torch.empty(count))
-        self.register_parameter("gate", nn.Parameter(torch.empty(())) if config.gate else None)
+        self.register_parameter("gate", nn.Parameter(torch.empty(1)) if config.gate else None)
         self.register_buffer("U", torch.empty(shape[0], k), persistent=config.save_basis)
         self.register_buffer("V", torch.empty(k, shape[1]), persistent=config.save_basis)
         self.register_buffer("sigma", torch.empty(k), persistent=False)
@@ -74,7 +68,7 @@ class SpectralUpdate(Adapter):
 
     @torch.no_grad()
     def adopt(self, weight: Callable[[], Tensor]) -> None:
-        """Take the bases from the weight, by an SVD in float64: neighbouring vectors are hardly determined in less.
+        """Take the bases from the weight.
 
         Raises:
             ValueError: the weight has no values yet.
@@ -83,10 +77,9 @@ class SpectralUpdate(Adapter):
         if W.is_meta:
             raise ValueError("SVFT takes its bases from the weight, which is on the meta device: load the model first")
         rank = None if self.k == min(self.shape) else self.k
-        precise = W.to("cpu" if W.device.type == "mps" else W.device, torch.float64)  # MPS has no float64
-        found = signed_svd(precise, rank, self.config.svd, self.config.seed)
-        self.U, self.sigma, self.V = (part.to(W.device, W.dtype).contiguous() for part in found)
-        self.fingerprint = self._take_entries().to(W.device)
+        found = spectral_bases(W, rank, self.config.svd, self.config.seed)
+        self._buffers.update(zip(("U", "sigma", "V"), found, strict=True))
+        self._buffers["fingerprint"] = self._take_entries().to(W.device)
 
     def reset_parameters(self, identity: bool = True) -> None:
         start: Callable[[Tensor], Any] = nn.init.zeros_ if identity else lambda t: nn.init.normal_(t, std=0.1)
@@ -150,8 +143,7 @@ class SpectralUpdate(Adapter):
             if not torch.equal(other.cols, first.cols) or not torch.equal(other.offsets, first.offsets):
                 raise ValueError("SVFT adapters of one combination need the same pattern of entries in each layer")
             check_fingerprint(other.fingerprint, first.fingerprint, "one of the combined adapters")
-        for name in ("U", "V", "sigma", "cols", "offsets", "fingerprint"):
-            setattr(self, name, getattr(first, name).clone())
+        self._buffers.update({name: buffer.clone() for name, buffer in first.named_buffers()})
         self._factors_weight = None
         total = torch.stack([w * a.entries() for a, w in zip(adapters, weights, strict=True)]).sum(0)
         if self.gate is not None:
@@ -209,12 +201,38 @@ class SpectralUpdate(Adapter):
         return spectral_fingerprint(self.U, self.V, found)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Load, after the check that the adapter was trained in the bases it will act in.
+
+        Raises:
+            ValueError: it was not.
+        """
+        if (saved := state_dict.get(f"{prefix}fingerprint")) is not None:
+            self._check(saved)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        found, saved = self._take_entries(), state_dict.get(f"{prefix}fingerprint")
-        if saved is not None and not saved.is_meta:
-            # A model that was cast before it was saved has rounded the fingerprint too.
-            rounding = torch.finfo(saved.dtype).eps * saved.abs().max().item()
-            check_fingerprint(saved, found, f"the adapter of {prefix.rstrip('.')}", 5e-3 + rounding)
+        if self.config.save_basis:
+            self._take_entries()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check and follow what is set from outside: transformers' own loader sets tensors one by one."""
+        if name == "fingerprint":
+            self._check(value)
+        super().__setattr__(name, value)
+        if name in ("U", "V"):
+            self._take_entries()
+
+    def _check(self, saved: Tensor) -> None:
+        if not self.config.save_basis:  # saved bases come with it
+            check_fingerprint(saved, self.fingerprint, f"the adapter of {self.name.partition(':')[2]!r}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Cast and move, but leave the bases in float32: rounded, they are not orthonormal any more."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            after = self.get_buffer(name)
+            if buffer is not None and after.is_floating_point() and after.dtype.itemsize < 4:
+                self._buffers[name] = buffer.to(after.device)
+        return self
 
 
 @dataclass
