@@ -24,8 +24,13 @@ demo-lm: $(BIN)/.ready  ## the same for a language model (about 20 minutes on 2 
 	$(BIN)/python examples/demo_data.py --out $(DEMO) --only smollm2 kjv maths german
 	$(BIN)/orthoft run recipes/configs/smollm2.yaml --overwrite
 
+# The tests also meet quantised bases; the demo does not need the packages, and import peft is quieter without them.
+$(BIN)/.quantization: $(BIN)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quantization]'
+	touch $@
+
 test: export OMP_NUM_THREADS = 1
-test: $(BIN)/.ready
+test: $(BIN)/.quantization
 	$(BIN)/python -m pytest
 
 lint: $(BIN)/.ready

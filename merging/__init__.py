@@ -3,6 +3,7 @@
 merge("base", ["adapter-a", "adapter-b"], "merged", method="opcm")
 """
 
+from orthoft.merging import peft_readers
 from orthoft.merging.engine import merge, merge_deltas
 from orthoft.merging.methods import METHODS, method
 from orthoft.merging.outputs import OUTPUTS
@@ -22,6 +23,7 @@ __all__ = [
     "merge",
     "merge_deltas",
     "method",
+    "peft_readers",
     "plan",
     "space",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,14 @@ class LoraOutput(Output):
                         _rounded(tensor, self.dtype or torch.float32, name),
                     )
                 ranks[module] = factors.rank() or 0
-        write_json(folder / "adapter_config.json", self._config(ranks, any(flipped.values())))
+        tasks = {source.config["task_type"] for source in self.plan.sources if source.config.get("task_type")}
+        config = lora_config(
+            ranks,
+            base_model_name_or_path=self.options.base,
+            task_type=tasks.pop() if len(tasks) == 1 else None,
+            fan_in_fan_out=any(flipped.values()),
+        )
+        write_json(folder / "adapter_config.json", config)
         left = [f"{name}: not the weight of a linear layer" for name in self.plan.merged if name not in flipped]
         report.not_carried |= {"output": left} if left else {}
 
@@ -146,26 +153,6 @@ class LoraOutput(Output):
         told = [source.inputs_first[name] for source in self.plan.sources if name in source.inputs_first]
         return told[0] if told else inputs_first(self.plan.base, name)
 
-    def _config(self, ranks: dict[str, int], transposed: bool) -> dict[str, Any]:
-        """Return the adapter_config.json: one rank, or one per module by its full name, longest names first."""
-        rank = max(ranks.values())
-        pattern = {} if len(set(ranks.values())) == 1 else {m: ranks[m] for m in sorted(ranks, key=len, reverse=True)}
-        tasks = {source.config["task_type"] for source in self.plan.sources if source.config.get("task_type")}
-        return {
-            "peft_type": "LORA",
-            "task_type": tasks.pop() if len(tasks) == 1 else None,
-            "base_model_name_or_path": self.options.base,
-            "inference_mode": True,
-            "r": rank,
-            "lora_alpha": rank,
-            "lora_dropout": 0.0,
-            "rank_pattern": pattern,
-            "alpha_pattern": dict(pattern),
-            "target_modules": list(ranks),
-            "fan_in_fan_out": transposed,
-            "bias": "none",
-        }
-
 
 OUTPUTS: dict[str, type[Output]] = {"checkpoint": CheckpointOutput, "lora": LoraOutput}
 
@@ -175,6 +162,27 @@ def get_output(name: str) -> type[Output]:
     if name not in OUTPUTS:
         raise unknown("output", name, OUTPUTS)
     return OUTPUTS[name]
+
+
+def lora_config(ranks: Mapping[str, int], **fields: Any) -> dict[str, Any]:
+    """Return the adapter_config.json of LoRAs of scale 1: one rank, or one per module by its full name, longest first.
+
+    ``fields`` are added to it.
+    """
+    rank = max(ranks.values())
+    pattern = {} if len(set(ranks.values())) == 1 else {m: ranks[m] for m in sorted(ranks, key=len, reverse=True)}
+    return {
+        "peft_type": "LORA",
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": list(ranks),
+        "bias": "none",
+        **fields,
+    }
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:

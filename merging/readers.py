@@ -6,6 +6,7 @@ the same orientation.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,9 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orthoft.bases import check_fingerprint, fingerprint, signed_svd, subspace_update
 from orthoft.delta import Delta, Dense, LowRank, Rotated
 from orthoft.errors import unknown
 from orthoft.linalg import householder_factors, reflection_rows, rotation_update, within_radius
+from orthoft.sparse import (
+    compressed,
+    core_size,
+    find_entries,
+    sparse_product,
+    spectral_bases,
+    spectral_fingerprint,
+)
 
 Config = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]  # of one module, named by what stands behind the module's name
@@ -144,10 +154,14 @@ def lora(config: Config, module: str, tensors: Tensors, weight: Tensor) -> Delta
     return Dense(directed * (magnitude.reshape(-1, 1) / norms) - weight)
 
 
+def block_size(entries: int) -> int:
+    """Return the b of a skew b x b matrix with ``b (b - 1) / 2`` entries."""
+    return (1 + math.isqrt(1 + 8 * entries)) // 2
+
+
 def _oftv2_extent(config: Config, shapes: Shapes) -> Extent:
     blocks, entries = shapes["orthoft_oftv2_adapter.skew"]
-    size = round((1 + (1 + 8 * entries) ** 0.5) / 2)  # entries = size (size - 1) / 2
-    return Extent(None, None if config.get("block_share") else blocks * size, None)
+    return Extent(None, None if config.get("block_share") else blocks * block_size(entries), None)
 
 
 @reader("ORTHOFT_OFTV2", prefix="orthoft_oftv2_", extent=_oftv2_extent)
@@ -179,3 +193,80 @@ def hra(config: Config, module: str, tensors: Tensors, weight: Tensor) -> Delta:
         raise ValueError(f"module {module!r}: 'orthonormal' in its configuration and 'u0' in its tensors disagree")
     U, M = householder_factors(reflection_rows(u, u0))
     return LowRank(-(weight @ U.mT), M)
+
+
+def _psoft_extent(config: Config, shapes: Shapes) -> Extent:
+    basis = shapes.get("orthoft_psoft_adapter.basis")
+    (entries,) = shapes["orthoft_psoft_adapter.skew"]
+    return Extent(None, None if basis is None else basis[1], block_size(entries))
+
+
+def psoft_basis(config: Config, module: str, tensors: Tensors, weight: Tensor) -> Tensor:
+    """Return the saved basis (r, n) of a PSOFT adapter, or the one of the weight if it has the saved fingerprint."""
+    saved = tensors.get("orthoft_psoft_adapter.basis")
+    if saved is not None:
+        return saved
+    r = block_size(len(tensors["orthoft_psoft_adapter.skew"]))
+    _, _, basis = signed_svd(weight, r, config["svd"], config["seed"])
+    check_fingerprint(tensors["orthoft_psoft_adapter.fingerprint"], fingerprint(basis), f"the adapter of {module!r}")
+    return basis
+
+
+def psoft_update(config: Config, tensors: Tensors) -> Tensor:
+    """Return ``C - I`` (r, r) of a PSOFT adapter."""
+    entries = tensors["orthoft_psoft_adapter.skew"]
+    alpha, beta = (tensors.get(f"orthoft_psoft_adapter.{name}") for name in ("alpha", "beta"))
+    return subspace_update(entries, block_size(len(entries)), config["map"], config["degree"], alpha, beta)
+
+
+@reader("ORTHOFT_PSOFT", prefix="orthoft_psoft_", extent=_psoft_extent)
+def psoft(config: Config, module: str, tensors: Tensors, weight: Tensor) -> Delta:
+    """``W' = W (I + V (C - I) V^T)`` in the principal subspace, ``C = diag(beta) R diag(alpha)``. arXiv 2505.11235."""
+    basis = psoft_basis(config, module, tensors, weight)
+    return LowRank(weight @ basis.mT @ psoft_update(config, tensors), basis)
+
+
+def _svft_truncated(config: Config) -> bool:
+    return config.get("rank") is not None or bool(config.get("rank_pattern"))
+
+
+def svft_size(config: Config, count: int) -> int:
+    """Return the number k of singular vectors behind ``count`` values of an SVFT adapter."""
+    return core_size(count, 0 if config["pattern"] == "plain" else config["off_diagonals"])
+
+
+def _svft_extent(config: Config, shapes: Shapes) -> Extent:
+    U, V = shapes.get("orthoft_svft_adapter.U"), shapes.get("orthoft_svft_adapter.V")
+    rank = svft_size(config, shapes["orthoft_svft_adapter.values"][0]) if _svft_truncated(config) else None
+    return Extent(None if U is None else U[0], None if V is None else V[1], rank)
+
+
+def svft_bases(config: Config, module: str, tensors: Tensors, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``U`` (m, k), ``V`` (k, n), saved or of the weight if they have the saved fingerprint, and the entries."""
+    U, V = tensors.get("orthoft_svft_adapter.U"), tensors.get("orthoft_svft_adapter.V")
+    k = svft_size(config, len(tensors["orthoft_svft_adapter.values"]))
+    saved = U is not None and V is not None
+    if U is None or V is None:
+        rank = None if k == min(weight.shape) else k
+        U, _, V = spectral_bases(weight, rank, config["svd"], config["seed"])
+    entries = find_entries(config["pattern"], config["off_diagonals"], U, V, f"{config['seed']}:{module}")
+    if not saved:
+        known = tensors["orthoft_svft_adapter.fingerprint"]
+        check_fingerprint(known, spectral_fingerprint(U, V, entries), f"the adapter of {module!r}")
+    return U, V, entries
+
+
+@reader("ORTHOFT_SVFT", prefix="orthoft_svft_", extent=_svft_extent)
+def svft(config: Config, module: str, tensors: Tensors, weight: Tensor) -> Delta:
+    """``delta = U M V``, M sparse, with its values times ``sigmoid(gate)`` if there is a gate. arXiv 2405.19597."""
+    values, gate = tensors["orthoft_svft_adapter.values"], tensors.get("orthoft_svft_adapter.gate")
+    if (gate is not None) != bool(config.get("gate")):
+        raise ValueError(f"module {module!r}: 'gate' in its configuration and in its tensors disagree")
+    U, V, entries = svft_bases(config, module, tensors, weight)
+    if len(values) != len(entries):
+        raise ValueError(
+            f"module {module!r} has {len(entries)} entries by its configuration, and {len(values)} by its tensors"
+        )
+    values = values if gate is None else values * torch.sigmoid(gate)
+    right = sparse_product(values, *compressed(entries, len(V)), V)  # (k, n)
+    return LowRank(U, right) if _svft_truncated(config) else Dense(U @ right)

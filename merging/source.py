@@ -121,7 +121,8 @@ class AdapterSource(Source):
         self._reader = get_reader(self.config)
         self._tensors = TensorFolder(folder, "adapter_model")
         self.kind = self._reader.peft_type
-        self._keys, saved = self._split()
+        self._keys, self._beside = self._split()
+        saved = self._beside
         if not self._keys and not saved:
             raise ValueError(f"{folder / 'adapter_model.safetensors'} holds no tensors")
         extents = {f"{module}.weight": self._extent(module) for module in self._keys}
@@ -135,7 +136,8 @@ class AdapterSource(Source):
         checked = {self._check(own, extent, base): extent for own, extent in extents.items()}
         self.inputs_first = {theirs: self._inputs_first(theirs, extent, base) for theirs, extent in checked.items()}
         self._saved, self.not_carried = self._place(saved, base)
-        self.ranks = {theirs: extent.rank for theirs, extent in checked.items()} | dict.fromkeys(self._saved)
+        self.adapter_ranks = {theirs: extent.rank for theirs, extent in checked.items()}
+        self.ranks = self.adapter_ranks | dict.fromkeys(self._saved)
 
     def delta(self, name: str, weight: Tensor) -> Delta:
         saved = self._saved.get(name)
@@ -143,15 +145,33 @@ class AdapterSource(Source):
             replaced = _replacement(self._read(saved), weight)
             if name not in self.inputs_first:
                 return replaced
-            return Dense(replaced.dense() + self._adapted(name, weight + replaced.dense()).dense())
-        return self._adapted(name, weight)
+            return Dense(replaced.dense() + self.adapted(name, weight + replaced.dense()).dense())
+        return self.adapted(name, weight)
 
     def module(self, name: str) -> str:
         return self._prefix.to_source(name).removesuffix(".weight")
 
-    def _adapted(self, name: str, weight: Tensor) -> Delta:
-        module = self.module(name)
-        tensors = {suffix: self._read(key) for suffix, key in self._keys[module].items()}
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Return the adapter's tensors of one adapted weight, named by what stands behind the module's name."""
+        return {suffix: self._read(key) for suffix, key in self._keys[self.module(name)].items()}
+
+    def suffixes(self, name: str) -> list[str]:
+        """Return the names of those tensors, without reading them."""
+        return list(self._keys[self.module(name)])
+
+    def beside(self) -> dict[str, Tensor]:
+        """Return what is saved beside the adapter's own tensors (whole modules, biases), as named in its file."""
+        return {key: self._tensors[key] for key in self._beside.values()}
+
+    def weight(self, name: str, base: TensorFolder) -> Tensor:
+        """Return an adapted weight as the (m, n) matrix before the adapter: the one saved with it, or the base's."""
+        saved = self._saved.get(name)
+        rows = as_matrix(at_least_float32(base[name] if saved is None else self._read(saved)))
+        return rows.mT if self.inputs_first[name] else rows
+
+    def adapted(self, name: str, weight: Tensor) -> Delta:
+        """Return what the adapter's own tensors change of the weight, given as it is stored (as a matrix)."""
+        module, tensors = self.module(name), self.tensors(name)
         flipped = self.inputs_first[name]
         try:
             delta = self._reader.read(self.config, module, tensors, weight.mT if flipped else weight)

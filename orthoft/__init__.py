@@ -14,7 +14,7 @@ from orthoft._on_import import after_import
 
 if TYPE_CHECKING:
     from orthoft.adapters import ADAPTERS, GOFTConfig, HRAConfig, OFTv2Config, PSOFTConfig, SVFTConfig
-    from orthoft.convert import to_lora
+    from orthoft.convert import from_peft, to_lora, to_peft
     from orthoft.reporting import report
     from orthoft.trainer import OrthoTrainer, WithPenalty
     from orthoft.tuner import penalty
@@ -32,7 +32,9 @@ _HOMES = {
     "WithPenalty": "orthoft.trainer",
     "penalty": "orthoft.tuner",
     "report": "orthoft.reporting",
+    "from_peft": "orthoft.convert",
     "to_lora": "orthoft.convert",
+    "to_peft": "orthoft.convert",
 }
 __all__ = [
     "ADAPTERS",
@@ -43,16 +45,18 @@ __all__ = [
     "PSOFTConfig",
     "SVFTConfig",
     "WithPenalty",
+    "from_peft",
     "penalty",
     "report",
     "to_lora",
+    "to_peft",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'orthoft' has no attribute {name!r}")
-    if name != "to_lora":
+    if not _HOMES[name].startswith("orthoft.convert"):
         import_module("orthoft.adapters")
     return getattr(import_module(_HOMES[name]), name)
 

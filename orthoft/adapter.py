@@ -141,3 +141,9 @@ def cast_for_autocast(x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """Return a parameter in one piece where FSDP2 keeps parts of it on each process, as it does outside of forward."""
+    gathered: Tensor = getattr(parameter, "full_tensor", lambda: parameter)()
+    return gathered

@@ -70,7 +70,7 @@ def tree_flops(n: int, block_size: int) -> int:
     """Return the floating-point operations of `tree_product` per row."""
     size = 1 << (min(block_size, n) - 1).bit_length()
     levels = list(_widths(n, size))
-    products = sum(2 * part.count * part.width**2 for width in levels for part in _parts(width, size))
+    products = sum(2 * part.number * part.width**2 for width in levels for part in _parts(width, size))
     return products + 2 * sum(levels[:-1])  # and the changes of the leaders, once through each block
 
 
@@ -168,9 +168,14 @@ def _gradients(rows: Tensor, blocks: Tensor, grad: Tensor) -> tuple[Tensor, Tens
 
 def _add_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
     """Return ``x (I + blockdiag(D_1, ..., D_g))`` for rows (t, n), g = ceil(n / k), the last block cut to fit."""
+    parts = _parts(rows.shape[1], blocks.shape[-1])
+    cut = [blocks[part.blocks, : part.width, : part.width] for part in parts]
+    if torch.compiler.is_compiling():  # it fuses the sum by itself, and cannot put products into strided views
+        products = [(part.of(rows) @ D).transpose(0, 1).flatten(1) for part, D in zip(parts, cut, strict=True)]
+        return rows + torch.cat(products, dim=1)
     out = rows.clone(memory_format=torch.contiguous_format)
-    for part in _parts(rows.shape[1], blocks.shape[-1]):
-        part.of(out).baddbmm_(part.of(rows), blocks[part.blocks, : part.width, : part.width])
+    for part, D in zip(parts, cut, strict=True):
+        part.of(out).baddbmm_(part.of(rows), D)
     return out
 
 
@@ -178,13 +183,13 @@ class _Part(NamedTuple):
     """Equal blocks of one level: all whole ones, or the narrower last one."""
 
     start: int
-    count: int
+    number: int
     width: int
     size: int
 
     @property
     def blocks(self) -> slice:
-        return slice(self.start, self.start + self.count)
+        return slice(self.start, self.start + self.number)
 
     @property
     def missing(self) -> tuple[int, int, int, int]:
@@ -192,12 +197,12 @@ class _Part(NamedTuple):
         return (0, self.size - self.width) * 2
 
     def of(self, rows: Tensor) -> Tensor:
-        """Return the columns of rows (t, n) in these blocks as (count, t, width), a view."""
-        columns = rows.narrow(1, self.start * self.size, self.count * self.width)
-        return columns.view(len(rows), self.count, self.width).transpose(0, 1)
+        """Return the columns of rows (t, n) in these blocks as (number, t, width), a view."""
+        columns = rows.narrow(1, self.start * self.size, self.number * self.width)
+        return columns.view(len(rows), self.number, self.width).transpose(0, 1)
 
 
 def _parts(n: int, size: int) -> list[_Part]:
-    whole, tail = divmod(n, size)
+    whole, tail = n // size, n % size  # divmod stops torch.compile
     parts = [_Part(0, whole, size, size), _Part(whole, 1, tail, size)]
-    return [part for part in parts if part.count and part.width]
+    return [part for part in parts if part.number and part.width]

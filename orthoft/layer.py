@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, MutableMapping
 from typing import Any, cast
 
@@ -32,7 +33,6 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
     get_base_weight: Callable[[], Tensor]
     set_base_weight: Callable[[Tensor], None]
     set_adapter: Callable[..., None]
-    _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
     def __init__(self, base_layer: nn.Module, quantization_kwargs: dict[str, Any] | None = None) -> None:
         super().__init__()
@@ -58,11 +58,17 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
             adapter.adopt(self._frozen_rows)
         adapter.reset_parameters(identity=config.init_weights)
         self.adapters[adapter_name] = adapter.train(self.training)
-        buffers = {name: buffer for name, buffer in adapter.named_buffers() if buffer.dtype == torch.float32}
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        for name, buffer in buffers.items():  # PEFT casts them with the parameters, and only those back
-            adapter.get_buffer(name).data = buffer.to(adapter.get_buffer(name).device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter to the device only: PEFT would round it to the base's dtype, too, on a detour to float32."""
+        if adapter_name not in self.adapters or any(p.is_meta for p in self.adapters[adapter_name].parameters()):
+            return
+        base = self.get_base_layer()
+        held = next(itertools.chain(base.parameters(), base.buffers()), None)
+        if device is not None or held is not None:
+            self.adapters[adapter_name].to(device or cast(Tensor, held).device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names: list[str] | None = kwargs.pop("adapter_names", None)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from merging_files import (
@@ -26,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, BertModel, PreTrainedModel
 
+from orthoft.adapters import PSOFTConfig, SVFTConfig
 from orthoft.merging.readers import READERS
 from orthoft.merging.source import Source, open_source
 from orthoft.merging.tensors import TensorFolder, as_matrix
@@ -243,8 +246,45 @@ def test_ambiguous_names_are_not_guessed(tmp_path: Path) -> None:
         open_source("a", tmp_path / "a", TensorFolder(tmp_path / "base"))
 
 
+ADAPTERS: dict[str, Any] = {
+    "OFT": peft.OFTConfig(oft_block_size=4, init_weights=False),  # 5 terms: degree 4
+    "OFT, exact": peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, block_share=True, init_weights=False),
+    "OFT, 2 terms, COFT": peft.OFTConfig(r=4, oft_block_size=0, num_cayley_neumann_terms=2, coft=True, eps=0.3),
+    "HRA": peft.HRAConfig(r=3, init_weights=False),
+    "HRA, Gram-Schmidt": peft.HRAConfig(r=3, apply_GS=True, init_weights=False),
+    "PSOFT": peft.PsoftConfig(r=5),
+    "PSOFT, symmetric, free": peft.PsoftConfig(r=5, ab_svd_init="pissa_init", psoft_orth=False, psoft_alpha=3),
+    "PSOFT, bounded": peft.PsoftConfig(r=5, use_cayley_neumann=True, cayley_neumann_eps=0.3, psoft_svd="lowrank"),
+    "ORTHOFT_PSOFT": PSOFTConfig(r=5),
+    "ORTHOFT_PSOFT, fingerprint": PSOFTConfig(r=5, relax=False, map="series", save_basis=False),
+    "ORTHOFT_SVFT": SVFTConfig(pattern="banded"),
+    "ORTHOFT_SVFT, truncated": SVFTConfig(pattern="random", rank=7, gate=True, save_basis=True),
+}
+
+
+@pytest.mark.parametrize("variant", ADAPTERS)
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_other_methods_equal_their_merge_in_peft(
+    kind: str, variant: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    config = replace(ADAPTERS[variant], target_modules=set(TARGETS[kind]))
+    torch.manual_seed(0)
+    tuned = peft.get_peft_model(load_class(kind, bases[kind]), config)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    tuned.save_pretrained(tmp_path / "a")
+    base = TensorFolder(bases[kind])
+    got = merged_by(open_source("a", tmp_path / "a", base), base)
+    want = tuned.merge_and_unload().state_dict()
+    assert_same(got, want, atol=1e-5)
+    assert all((want[name] - base[name]).norm() > 1e-1 for name in got)
+
+
 def test_every_reader_is_tested() -> None:
-    assert set(READERS) == {"LORA", "ORTHOFT_OFTV2", "ORTHOFT_HRA"}
+    tested = {"LORA", "ORTHOFT_OFTV2", "ORTHOFT_HRA", *(variant.partition(",")[0] for variant in ADAPTERS)}
+    assert set(READERS) == tested
 
 
 def test_the_merge_of_peft_is_what_its_forward_computes(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -28,7 +28,13 @@ from orthoft.config import OrthoConfig
 from orthoft.layer import OrthoLayer
 from orthoft.peft_compat import register
 
-SMALL: dict[str, dict[str, Any]] = {"oftv2": {"block_size": 8}, "hra": {"r": 4}}
+SMALL: dict[str, dict[str, Any]] = {
+    "oftv2": {"block_size": 8},
+    "hra": {"r": 4},
+    "goft": {"block_size": 8},
+    "psoft": {"r": 4},
+    "svft": {"pattern": "banded"},
+}
 TASKS = {"bert": "FEATURE_EXTRACTION", "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM"}
 IDS = torch.arange(24).reshape(4, 6) % 60
 both = pytest.mark.parametrize("method", sorted(ADAPTERS))
@@ -189,8 +195,12 @@ def test_what_is_saved(saved: tuple[Path, dict[str, Tensor]], method: str) -> No
     assert {file.name for file in folder.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert "import orthoft" in (folder / "README.md").read_text(encoding="utf-8")
     tensors = load_file(folder / "adapter_model.safetensors")
-    assert len(tensors) == 6
+    assert {name.split(".orthoft_")[0].rpartition("base_model.model.")[2] for name in tensors} == set(target_names())
     assert all(f"orthoft_{method}_" in name and tensor.dtype == torch.float32 for name, tensor in tensors.items())
+
+
+def target_names() -> list[str]:
+    return [name.removeprefix("base_model.model.") for name in ours(tuned("hra"))]
 
 
 def test_frozen_directions_of_hra_are_saved(tmp_path: Path) -> None:
@@ -231,7 +241,7 @@ def test_hra_as_a_lora_needs_no_orthoft(saved: tuple[Path, dict[str, Tensor]]) -
     folder, wanted = saved
     for kind in MODELS:
         told = to_lora(folder / f"{kind}-hra", folder / f"{kind}-lora")
-        assert told["truncation_error"] == pytest.approx(0, abs=1e-5)
+        assert told.error == pytest.approx(0, abs=1e-5)
     torch.save(IDS, folder / "ids.pt")
     run_python(LORA, str(folder / "ids.pt"), str(folder), *MODELS)
     for kind, got in torch.load(folder / "lora.pt").items():
@@ -248,7 +258,7 @@ def test_oftv2_as_a_lora_needs_a_rank(saved: tuple[Path, dict[str, Tensor]], tmp
         told = to_lora(folder / "llama-oftv2", tmp_path / str(rank), rank=rank)
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "llama"), tmp_path / str(rank))
         errors.append(error(output(model.eval()), wanted["llama-oftv2"]))
-        assert (told["truncation_error"] > 1e-3) == (rank < 32)
+        assert (told.error > 1e-3) == (rank < 32)
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] <= 1e-5
 
@@ -439,7 +449,7 @@ def test_safe_merge_refuses_nan(method: str) -> None:
     layer = ours(model)["base_model.model.model.layers.0.self_attn.q_proj"]
     weight = layer.base_layer.weight.clone()
     with torch.no_grad():
-        next(layer.adapters["default"].parameters())[0, 0] = float("nan")
+        next(layer.adapters["default"].parameters()).flatten()[0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, weight)
@@ -609,7 +619,7 @@ def test_registration_is_idempotent() -> None:
     before = list(PeftType)
     register("hra", HRAConfig, HRAModel)
     assert list(PeftType) == before
-    assert [t.value for t in PeftType if t.startswith("ORTHOFT")] == ["ORTHOFT_OFTV2", "ORTHOFT_HRA"]
+    assert [t.value for t in PeftType if t.startswith("ORTHOFT")] == [f"ORTHOFT_{m.upper()}" for m in ADAPTERS]
     assert pickle.loads(pickle.dumps(PeftType.ORTHOFT_HRA)) is PeftType.ORTHOFT_HRA
 
 

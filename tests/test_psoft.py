@@ -17,12 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from orthoft.adapters.psoft import PSOFTConfig, PSOFTModel, SubspaceRotation
+from orthoft.adapters.psoft import PSOFTConfig, SubspaceRotation
 from orthoft.bases import signed_svd
 from orthoft.layer import OrthoLayer
-from orthoft.peft_compat import register
-
-register("psoft", PSOFTConfig, PSOFTModel)
 
 OUT, IN, ROWS = 10, 24, 7
 CONFIGS = {

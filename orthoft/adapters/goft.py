@@ -9,7 +9,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from orthoft.adapter import InputRotation
+from orthoft.adapter import InputRotation, whole
 from orthoft.config import OrthoConfig
 from orthoft.delta import Delta, Dense
 from orthoft.givens import plane_rotations, tree_blocks, tree_flops, tree_product
@@ -87,7 +87,7 @@ class TreeRotation(InputRotation):
         """``lambda sum <a_i, b_i>^2`` over the columns of each 2 x 2 matrix of the quasi mode."""
         if self.planes is None or self.orthogonality_weight == 0.0:
             return None
-        first, second = at_least_float32(self.planes).unbind(-1)  # (n - 1, 2)
+        first, second = at_least_float32(whole(self.planes)).unbind(-1)  # (n - 1, 2)
         return self.orthogonality_weight * torch.sum((first * second).sum(-1) ** 2)
 
 
@@ -114,7 +114,7 @@ class GOFTConfig(OrthoConfig):
     mode: Mode = field(default="strict", metadata={"help": "'strict' (rotations) or 'quasi' (free 2 x 2 matrices)."})
     scale: bool = field(default=False, metadata={"help": "Also train a factor for each input."})
     orthogonality_weight: float = field(default=0.0, metadata={"help": "Weight of the paper's regulariser (quasi)."})
-    block_size: int = field(default=64, metadata={"help": "Size of the composed blocks; for speed only."})
+    block_size: int = field(default=32, metadata={"help": "Size of the composed blocks; for speed only."})
 
     method = "goft"
 

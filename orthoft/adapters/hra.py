@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from orthoft.adapter import InputRotation
+from orthoft.adapter import InputRotation, whole
 from orthoft.config import OrthoConfig
 from orthoft.delta import Delta, LowRank
 from orthoft.layer import OrthoLayer
@@ -80,7 +80,7 @@ class Reflections(InputRotation):
         """``lambda ||I - U U^T||_F^2`` over the normalised directions, as in the paper (squared)."""
         if self.orthogonality_weight == 0.0 or self.orthonormal:
             return None
-        U = nn.functional.normalize(at_least_float32(self.u), dim=-1)
+        U = nn.functional.normalize(at_least_float32(whole(self.u)), dim=-1)
         eye = torch.eye(U.shape[0], dtype=U.dtype, device=U.device)
         return self.orthogonality_weight * torch.sum((U @ U.mT - eye) ** 2)
 

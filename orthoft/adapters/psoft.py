@@ -48,7 +48,7 @@ class SubspaceRotation(InputRotation):
         if self.save_basis and self.skew.is_meta:
             self.basis = self.basis.to("meta")
             return
-        _, _, self.basis = signed_svd(weight(), self.r, self.svd, self.seed)
+        self.basis = signed_svd(weight(), self.r, self.svd, self.seed)[2].contiguous()
         if self.fingerprint is not None and not self.basis.is_meta:
             self.fingerprint.copy_(fingerprint(self.basis))
 

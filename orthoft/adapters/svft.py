@@ -33,7 +33,7 @@ Schedule = Literal["auto", "activations", "weight"]
 class SpectralUpdate(Adapter):
     """``W' = W + U M V = U (Sigma + M) V``: M is sparse (k, k), ``U`` (m, k) and ``V`` (k, n) singular vectors of W.
 
-    ``values`` (nnz,) float32 holds the entries of M, zero at the start, times ``sigmoid(gate)`` if there is a ``gate`` (1,).
+    ``values`` (nnz,) float32 holds the entries of M, zero at the start, times ``sigmoid(gate)`` with a ``gate`` (1,).
     ``cols`` (nnz,) and ``offsets`` (k,) say where they stand. The bases are saved only if asked; their fingerprint is,
     and a state that was trained in other bases is refused with a ValueError.
 
