@@ -165,15 +165,43 @@ def add_block_product(x: Tensor, update: Tensor) -> Tensor:
         x: (..., n), in any dtype; ``update`` is cast to it, ``x`` never is.
         update: (g, b, b) with g b = n, or (1, b, b) for one block shared by all.
     """
-    size = update.shape[-1]
-    groups = x.shape[-1] // size
-    blocks = x.reshape(*x.shape[:-1], groups, size)  # (..., g, b)
     update = update.to(x.dtype)
     if update.shape[0] == 1:
+        blocks = x.reshape(*x.shape[:-1], x.shape[-1] // update.shape[-1], update.shape[-1])  # (..., g, b)
         return (blocks + blocks @ update[0]).flatten(-2)
-    rows = blocks.reshape(math.prod(x.shape[:-1]), groups, size).transpose(0, 1)  # (g, rows, b), a view
-    product = torch.bmm(rows, update).transpose(0, 1)
-    return x + product.reshape(x.shape)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return cast(Tensor, _BlockProduct.apply(rows, update)).reshape(x.shape)  # type: ignore[no-untyped-call]
+
+
+class _BlockProduct(torch.autograd.Function):
+    """One copy of the rows and one batched product into it, forward and backward; saves the rows and the blocks."""
+
+    @staticmethod
+    def forward(rows: Tensor, update: Tensor) -> Tensor:
+        return _add_blocks(rows, update)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, update = ctx.saved_tensors
+        of_rows = _add_blocks(grad, update.mT) if ctx.needs_input_grad[0] else None
+        size = update.shape[-1]
+        of_update = _by_blocks(rows, size).mT @ _by_blocks(grad, size) if ctx.needs_input_grad[1] else None
+        return of_rows, of_update
+
+
+def _add_blocks(rows: Tensor, update: Tensor) -> Tensor:
+    out = rows.clone(memory_format=torch.contiguous_format)
+    _by_blocks(out, update.shape[-1]).baddbmm_(_by_blocks(rows, update.shape[-1]), update)
+    return out
+
+
+def _by_blocks(rows: Tensor, size: int) -> Tensor:
+    """Return rows (t, g b) as (g, t, b), a view where they are contiguous."""
+    return rows.reshape(len(rows), rows.shape[1] // size, size).transpose(0, 1)
 
 
 def add_low_rank_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
