@@ -18,6 +18,7 @@ from torch import Tensor
 from orthoft.bases import check_fingerprint, fingerprint, signed_svd, subspace_update
 from orthoft.delta import Delta, Dense, LowRank, Rotated
 from orthoft.errors import unknown
+from orthoft.givens import plane_rotations, tree_blocks, tree_product
 from orthoft.linalg import householder_factors, reflection_rows, rotation_update, within_radius
 from orthoft.sparse import (
     compressed,
@@ -224,6 +225,25 @@ def psoft(config: Config, module: str, tensors: Tensors, weight: Tensor) -> Delt
     """``W' = W (I + V (C - I) V^T)`` in the principal subspace, ``C = diag(beta) R diag(alpha)``. arXiv 2505.11235."""
     basis = psoft_basis(config, module, tensors, weight)
     return LowRank(weight @ basis.mT @ psoft_update(config, tensors), basis)
+
+
+def _goft_extent(config: Config, shapes: Shapes) -> Extent:
+    name = "angles" if config["mode"] == "strict" else "planes"
+    return Extent(None, shapes[f"orthoft_goft_adapter.{name}"][0] + 1, None)
+
+
+@reader("ORTHOFT_GOFT", prefix="orthoft_goft_", extent=_goft_extent)
+def goft(config: Config, module: str, tensors: Tensors, weight: Tensor) -> Delta:
+    """``W' = W Q^T``, ``Q`` a tree of plane rotations or of free 2 x 2 matrices, then scales. arXiv 2404.04316."""
+    if config["mode"] == "strict":
+        planes = plane_rotations(tensors["orthoft_goft_adapter.angles"])
+    else:
+        planes = tensors["orthoft_goft_adapter.planes"] - torch.eye(2)
+    scale = tensors.get("orthoft_goft_adapter.scale")
+    if (scale is not None) != bool(config.get("scale")):
+        raise ValueError(f"module {module!r}: 'scale' in its configuration and in its tensors disagree")
+    blocks = tree_blocks(planes, config["block_size"], scale)
+    return Dense(tree_product(weight, blocks.mT, leaders_first=False) - weight)
 
 
 def _svft_truncated(config: Config) -> bool:

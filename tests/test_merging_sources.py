@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, BertModel, PreTrainedModel
 
-from orthoft.adapters import PSOFTConfig, SVFTConfig
+from orthoft.adapters import GOFTConfig, PSOFTConfig, SVFTConfig
 from orthoft.merging.readers import READERS
 from orthoft.merging.source import Source, open_source
 from orthoft.merging.tensors import TensorFolder, as_matrix
@@ -257,6 +257,8 @@ ADAPTERS: dict[str, Any] = {
     "PSOFT, bounded": peft.PsoftConfig(r=5, use_cayley_neumann=True, cayley_neumann_eps=0.3, psoft_svd="lowrank"),
     "ORTHOFT_PSOFT": PSOFTConfig(r=5),
     "ORTHOFT_PSOFT, fingerprint": PSOFTConfig(r=5, relax=False, map="series", save_basis=False),
+    "ORTHOFT_GOFT": GOFTConfig(block_size=8),
+    "ORTHOFT_GOFT, quasi": GOFTConfig(mode="quasi", scale=True),
     "ORTHOFT_SVFT": SVFTConfig(pattern="banded"),
     "ORTHOFT_SVFT, truncated": SVFTConfig(pattern="random", rank=7, gate=True, save_basis=True),
 }
