@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from orthoft import GOFTConfig, HRAConfig, OFTv2Config, PSOFTConfig, SVFTConfig
+from orthoft import GOFTConfig, HRAConfig, OFTv2Config, PSOFTConfig, SVFTConfig, to_lora
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIGS: dict[str, Callable[..., peft.PeftConfig]] = {
@@ -143,6 +143,19 @@ def merge_times(width: int, repeats: int, only: str) -> None:
         print(f"| {name} | {merge:.2f} | {unmerge:.2f} |", flush=True)
 
 
+def export_times(width: int, only: str) -> None:
+    """Print the seconds that a LoRA takes: exact, or cut to rank 16 (one SVD of the change)."""
+    models = adapted(OneLayer, width, torch.float32, only)
+    print(f"\nOne {width} x {width} layer as a LoRA, float32\n\n| | s | |\n|---|---|---|")
+    for name, model in models.items():
+        if not name.startswith("orthoft"):
+            continue
+        exact = "HRA" in name or "PSOFT" in name
+        start = now()
+        to_lora(model, rank=None if exact else 16)
+        print(f"| {name} | {now() - start:.2f} | {'exact' if exact else 'rank 16'} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, nargs="+", default=[2048])
@@ -150,7 +163,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", default="", help="part of the names to measure, e.g. orthoft")
-    parser.add_argument("--parts", nargs="+", default=["layer", "blocks", "merge"])
+    parser.add_argument("--parts", nargs="+", default=["layer", "blocks", "merge", "export"])
     args = parser.parse_args()
     print(f"{DEVICE.type}, {torch.get_num_threads()} thread(s), medians of {args.repeats}")
     for part, make in (("layer", OneLayer), ("blocks", Blocks)):
@@ -163,6 +176,8 @@ def main() -> None:
                     forward_backward(models, x, args.repeats)
     if "merge" in args.parts:
         merge_times(4096, min(3, args.repeats), args.only)
+    if "export" in args.parts:
+        export_times(2048, args.only)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ def signed_svd(
     (arXiv 0909.4061), seeded on the CPU so that it does not depend on the device.
 
     Raises:
-        ValueError: a rank above min(m, n), or an empty weight.
+        ValueError: a rank above min(m, n), an empty weight, or one with NaN or Inf.
     """
+    if not weight.is_meta and not torch.isfinite(weight).all():
+        raise ValueError("a weight with NaN or Inf has no singular vectors: the base model seems broken")
     if rank is not None and not 1 <= rank <= min(weight.shape):
         raise ValueError(f"a weight of {tuple(weight.shape)} has {min(weight.shape)} singular vectors, not {rank}")
     if svd == "lowrank" and rank is not None:
@@ -95,5 +97,5 @@ def check_fingerprint(saved: Tensor, found: Tensor, what: str, tolerance: float 
     if not distance <= tolerance:
         raise ValueError(
             f"{what} was trained in another basis than this base weight gives (fingerprints differ by {distance:.2g}): "
-            "load it on the base it was trained on, or train it with save_basis=True"
+            "load it on the base it was trained on, in the same dtype, or train it with save_basis=True"
         )

@@ -73,8 +73,10 @@ class OrthoConfig(PeftConfig):
         """Return the configuration of a weighted combination of this adapter and others, on the layers ``keys``.
 
         Raises:
-            ValueError: they differ in what their common geometry rests on.
+            ValueError: they differ in what their common geometry rests on, or have modules of their own beside it.
         """
+        if any(config.modules_to_save for config in (self, *others)):
+            raise ValueError("adapters with modules_to_save cannot be combined: those modules have no common geometry")
         for name in (f.name for f in fields(self) if f.name not in SET_ASIDE):
             values = [getattr(config, name) for config in (self, *others)]
             if any(value != values[0] for value in values):

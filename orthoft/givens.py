@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from orthoft.linalg import add_blocks
+
 
 def plane_rotations(angles: Tensor) -> Tensor:
     """Return ``G - I`` (..., 2, 2) for ``G = [[cos a, -sin a], [sin a, cos a]]``, exact for small ``angles`` (...)."""
@@ -127,7 +129,7 @@ class _LeadersFirst(torch.autograd.Function):
 def _leaders_first(rows: Tensor, blocks: Tensor) -> Tensor:
     """Return ``x Q``: block products of the rows as they are, then what the change of the leaders adds to them."""
     out = _add_blocks(rows, blocks)
-    size, count = blocks.shape[-1], -(-rows.shape[1] // blocks.shape[-1])
+    size, count = _first_level(rows, blocks)
     if len(blocks) > count:
         change = _change_of_leaders(rows, blocks).mT.unsqueeze(-1)  # (g, t, 1)
         into = blocks[:count, :1] + _one_hot(blocks)  # (g, 1, k)
@@ -136,15 +138,22 @@ def _leaders_first(rows: Tensor, blocks: Tensor) -> Tensor:
     return out
 
 
+def _first_level(rows: Tensor, blocks: Tensor) -> tuple[int, int]:
+    """Return the size k and the number ceil(n / k) of the blocks that act on all coordinates of rows (t, n)."""
+    size = blocks.shape[-1]
+    return size, -(-rows.shape[1] // size)
+
+
 def _change_of_leaders(rows: Tensor, blocks: Tensor) -> Tensor:
     """Return what the levels above the first add to its leaders (t, g), every k-th coordinate of the rows."""
-    size, count = blocks.shape[-1], -(-rows.shape[1] // blocks.shape[-1])
+    size, count = _first_level(rows, blocks)
     leaders = rows[:, ::size].contiguous()
     return _leaders_first(leaders, blocks[count:]) - leaders
 
 
 def _blocks_first(rows: Tensor, blocks: Tensor) -> Tensor:
-    size, count = blocks.shape[-1], -(-rows.shape[1] // blocks.shape[-1])
+    """Return ``x Q^T`` or ``x Q^-1`` from blocks transposed or inverted; plain operations, differentiated as such."""
+    size, count = _first_level(rows, blocks)
     out = _add_blocks(rows, blocks)
     if len(blocks) > count:
         out[:, ::size] = _blocks_first(out[:, ::size].contiguous(), blocks[count:])  # a copy for autograd to keep
@@ -153,7 +162,7 @@ def _blocks_first(rows: Tensor, blocks: Tensor) -> Tensor:
 
 def _gradients(rows: Tensor, blocks: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of `_leaders_first` with respect to rows (t, n) and blocks (b, k, k)."""
-    size, count = blocks.shape[-1], -(-rows.shape[1] // blocks.shape[-1])
+    size, count = _first_level(rows, blocks)
     towards = _add_blocks(grad, blocks.mT)
     outer = torch.cat([pad(part.of(rows).mT @ part.of(grad), part.missing) for part in _parts(rows.shape[1], size)])
     if len(blocks) == count:
@@ -169,14 +178,8 @@ def _gradients(rows: Tensor, blocks: Tensor, grad: Tensor) -> tuple[Tensor, Tens
 def _add_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
     """Return ``x (I + blockdiag(D_1, ..., D_g))`` for rows (t, n), g = ceil(n / k), the last block cut to fit."""
     parts = _parts(rows.shape[1], blocks.shape[-1])
-    cut = [blocks[part.blocks, : part.width, : part.width] for part in parts]
-    if torch.compiler.is_compiling():  # it fuses the sum by itself, and cannot put products into strided views
-        products = [(part.of(rows) @ D).transpose(0, 1).flatten(1) for part, D in zip(parts, cut, strict=True)]
-        return rows + torch.cat(products, dim=1)
-    out = rows.clone(memory_format=torch.contiguous_format)
-    for part, D in zip(parts, cut, strict=True):
-        part.of(out).baddbmm_(part.of(rows), D)
-    return out
+    done = [add_blocks(p.columns(rows), blocks[p.blocks, : p.width, : p.width]) for p in parts]
+    return done[0] if len(done) == 1 else torch.cat(done, dim=1)
 
 
 class _Part(NamedTuple):
@@ -196,10 +199,13 @@ class _Part(NamedTuple):
         """The padding to whole blocks."""
         return (0, self.size - self.width) * 2
 
+    def columns(self, rows: Tensor) -> Tensor:
+        """Return the columns (t, number width) of rows (t, n) in these blocks, a view."""
+        return rows.narrow(1, self.start * self.size, self.number * self.width)
+
     def of(self, rows: Tensor) -> Tensor:
-        """Return the columns of rows (t, n) in these blocks as (number, t, width), a view."""
-        columns = rows.narrow(1, self.start * self.size, self.number * self.width)
-        return columns.view(len(rows), self.number, self.width).transpose(0, 1)
+        """Return the same as (number, t, width), a view."""
+        return self.columns(rows).view(len(rows), self.number, self.width).transpose(0, 1)
 
 
 def _parts(n: int, size: int) -> list[_Part]:

@@ -178,7 +178,7 @@ class _BlockProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(rows: Tensor, update: Tensor) -> Tensor:
-        return _add_blocks(rows, update)
+        return add_blocks(rows, update)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -187,15 +187,19 @@ class _BlockProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         rows, update = ctx.saved_tensors
-        of_rows = _add_blocks(grad, update.mT) if ctx.needs_input_grad[0] else None
+        of_rows = add_blocks(grad, update.mT) if ctx.needs_input_grad[0] else None
         size = update.shape[-1]
         of_update = _by_blocks(rows, size).mT @ _by_blocks(grad, size) if ctx.needs_input_grad[1] else None
         return of_rows, of_update
 
 
-def _add_blocks(rows: Tensor, update: Tensor) -> Tensor:
+def add_blocks(rows: Tensor, update: Tensor) -> Tensor:
+    """Return ``x (I + blockdiag(D_1, ..., D_g))`` for rows (t, g b) and (g, b, b), not for autograd."""
+    blocks = _by_blocks(rows, update.shape[-1])
+    if torch.compiler.is_compiling():  # it fuses the sum by itself, and cannot put products into strided views
+        return rows + (blocks @ update).transpose(0, 1).flatten(1)
     out = rows.clone(memory_format=torch.contiguous_format)
-    _by_blocks(out, update.shape[-1]).baddbmm_(_by_blocks(rows, update.shape[-1]), update)
+    _by_blocks(out, update.shape[-1]).baddbmm_(blocks, update)
     return out
 
 

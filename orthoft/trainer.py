@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer
 
@@ -13,7 +14,8 @@ from orthoft.tuner import penalty
 class WithPenalty:
     """Mix into a Trainer, in front of it, for ``loss + orthoft.penalty(model)``.
 
-    ``class MyTrainer(WithPenalty, SFTTrainer): ...`` does it for TRL's; `OrthoTrainer` is transformers' own.
+    ``class MyTrainer(WithPenalty, SFTTrainer): ...`` does it for TRL's; `OrthoTrainer` is transformers' own. Evaluation,
+    which takes no gradient, reports the loss alone.
     """
 
     current_gradient_accumulation_steps: int
@@ -22,11 +24,11 @@ class WithPenalty:
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         theirs = super().compute_loss  # type: ignore[misc]  # of the Trainer behind this class
         loss, outputs = theirs(model, inputs, return_outputs=True, **kwargs)
-        added = penalty(model)
+        added = penalty(model) if torch.is_grad_enabled() else None
         if added is not None:
             # The Trainer divides the loss by the accumulated steps, unless the model did so by its count of tokens.
             summed = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
-            loss = loss + added / (self.current_gradient_accumulation_steps if summed else 1)
+            loss = loss + added.to(loss.device) / (self.current_gradient_accumulation_steps if summed else 1)
         return (loss, outputs) if return_outputs else loss
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -55,10 +56,14 @@ class OrthoModel(BaseTuner):
         It sits on every layer that one of them adapts; one that a layer does not have counts as the identity there.
 
         Raises:
-            ValueError: an unknown or taken name, numbers that differ, adapters without a common geometry.
+            ValueError: an unknown or taken name, numbers that differ, a weight that is not finite, adapters without a
+                common geometry.
         """
         if len(adapters) != len(weights) or not adapters:
             raise ValueError(f"one weight per adapter is needed: {len(adapters)} adapters, {len(weights)} weights")
+        weights = [float(weight) for weight in weights]
+        if not all(map(math.isfinite, weights)):
+            raise ValueError(f"the weights of a combination are finite numbers, got {weights}")
         if missing := [name for name in adapters if name not in self.peft_config]:
             raise unknown("adapter", missing[0], self.peft_config)
         if adapter_name in self.peft_config:
@@ -79,7 +84,7 @@ class OrthoModel(BaseTuner):
                 ]
                 with torch.no_grad():
                     layer.adapters[adapter_name].combine([a for a, _ in present], [w for _, w in present])
-        except ValueError:
+        except Exception:
             self.delete_adapter(adapter_name)
             raise
         self.set_adapter(self.active_adapters)
@@ -144,7 +149,7 @@ def penalty(model: nn.Module) -> Tensor | None:
     layers = [m for m in model.modules() if isinstance(m, OrthoLayer) and not m.disable_adapters]
     adapters = [layer.adapters[n] for layer in layers for n in layer.active_adapters if n in layer.adapters]
     terms = [term for adapter in adapters if (term := adapter.penalty()) is not None]
-    return torch.stack(terms).sum() if terms else None
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else None
 
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: Any, names: list[str]) -> tuple[Any, Any]:

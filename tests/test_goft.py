@@ -13,11 +13,8 @@ from reference_goft import goft, goft_penalty
 from torch import Tensor, nn
 
 from orthoft import penalty
-from orthoft.adapters.goft import GOFTConfig, GOFTModel, TreeRotation
+from orthoft.adapters.goft import GOFTConfig, TreeRotation
 from orthoft.givens import plane_rotations, tree_blocks, tree_flops, tree_product
-from orthoft.peft_compat import register
-
-register("goft", GOFTConfig, GOFTModel)
 
 WIDTHS = [2, 3, 5, 24, 64, 96, 100, 130, 200]
 KINDS = {

@@ -123,7 +123,7 @@ class GOFTConfig(OrthoConfig):
         self._check_choice("mode", ("strict", "quasi"))
         if self.block_size < 2 or self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size must be a power of two, 2 or more, got {self.block_size}")
-        if self.orthogonality_weight < 0:
+        if not self.orthogonality_weight >= 0:
             raise ValueError(f"orthogonality_weight must not be negative, got {self.orthogonality_weight}")
         if self.orthogonality_weight and self.mode == "strict":
             raise ValueError(

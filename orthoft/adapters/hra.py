@@ -119,11 +119,11 @@ class HRAConfig(OrthoConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for r in (self.r, *self.rank_pattern.values()):
-            if r < 1:
-                raise ValueError(f"r must be a positive number of reflections, got {r}")
+            if not isinstance(r, int) or r < 1:
+                raise ValueError(f"r must be a positive number of reflections, got {r!r}")
             if r % 2 and self.init_weights and not self.orthonormal:
                 raise ValueError(f"r must be even to start at the identity (reflections cancel in pairs), got {r}")
-        if self.orthogonality_weight < 0:
+        if not self.orthogonality_weight >= 0:
             raise ValueError(f"orthogonality_weight must not be negative, got {self.orthogonality_weight}")
 
     def combined(self, others: Sequence[Self], keys: Sequence[str]) -> Self:

@@ -145,8 +145,16 @@ class OFTv2Config(OrthoConfig):
             warnings.warn(f"blocks of {largest} take the exact map: setting map='cayley'", stacklevel=3)
             self.map = "cayley"
 
+    def combined(self, others: Sequence[Self], keys: Sequence[str]) -> Self:
+        """As for every adapter; the radius bounds what is trained, not sums of it."""
+        config = super().combined(others, keys)
+        config.radius = None
+        return config
+
     def make_adapter(self, key: str, in_features: int, out_features: int) -> BlockRotation:
         size = self._by_pattern(self.block_size_pattern, key, self.block_size)
+        if in_features < 2:
+            raise ValueError(f"{key!r} has {in_features} input, and a block needs 2: exclude this layer")
         if size < 2 or in_features % size:
             divisors = [d for d in range(2, in_features + 1) if in_features % d == 0]
             near = sorted(divisors, key=lambda d: abs(d - size))[:4]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -187,6 +187,10 @@ class PSOFTConfig(OrthoConfig):
         if self.map == "series" and max(ranks) >= LARGE_BLOCK:
             warnings.warn(f"rotations of {max(ranks)} take the exact map: setting map='cayley'", stacklevel=3)
             self.map = "cayley"
+
+    def combined(self, others: Sequence[Self], keys: Sequence[str]) -> Self:
+        """As for every adapter; they may be saved in different ways."""
+        return super().combined([replace(c, save_basis=self.save_basis) for c in others], keys)
 
     def make_adapter(self, key: str, in_features: int, out_features: int) -> SubspaceRotation:
         r = self._by_pattern(self.rank_pattern, key, self.r)
