@@ -59,10 +59,13 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
         adapter.reset_parameters(identity=config.init_weights)
         self.adapters[adapter_name] = adapter.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        dtype = getattr(getattr(self.get_base_layer(), "weight", None), "dtype", torch.float32)
+        if dtype.is_floating_point and not any(p.is_meta for p in adapter.parameters()):
+            adapter.to(dtype)  # as all of PEFT's; with autocast_adapter_dtype, its default, PEFT makes it float32 again
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move an adapter to the device only: PEFT would round it to the base's dtype, too, on a detour to float32."""
+        """Move an adapter to the device only: PEFT, which calls this after loading too, would round what was loaded."""
         if adapter_name not in self.adapters or any(p.is_meta for p in self.adapters[adapter_name].parameters()):
             return
         base = self.get_base_layer()
@@ -86,7 +89,7 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
 
     def _adapted(self, x: Tensor, base: Map, names: list[str]) -> Tensor:
         adapters = [self.adapters[name] for name in names if name in self.adapters]
-        return self.layout.run(self.get_base_layer(), base, adapters, x) if adapters else base(x)
+        return self.layout.run(self.base_layer, base, adapters, x) if adapters else base(x)
 
     def _forward_by_row(self, x: Tensor, base: Map, names: list[str]) -> Tensor:
         """One adapter per row of the batch; "__base__" stands for none."""

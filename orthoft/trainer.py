@@ -14,8 +14,8 @@ from orthoft.tuner import penalty
 class WithPenalty:
     """Mix into a Trainer, in front of it, for ``loss + orthoft.penalty(model)``.
 
-    ``class MyTrainer(WithPenalty, SFTTrainer): ...`` does it for TRL's; `OrthoTrainer` is transformers' own. Evaluation,
-    which takes no gradient, reports the loss alone.
+    ``class MyTrainer(WithPenalty, SFTTrainer): ...`` does it for TRL's; `OrthoTrainer` is transformers' own.
+    Evaluation, which takes no gradient, reports the loss alone.
     """
 
     current_gradient_accumulation_steps: int

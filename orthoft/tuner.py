@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from orthoft.config import OrthoConfig
 from orthoft.errors import unknown
 from orthoft.layer import OrthoLayer
-from orthoft.layouts import LinearLayout, layout_of
+from orthoft.layouts import ConvLayout, LinearLayout, layout_of
 from orthoft.quantization import check_mergeable, quantization_kwargs, requantization_summary
 
 
@@ -41,8 +41,12 @@ class OrthoModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, current_key)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        linear = isinstance(layout_of(base), LinearLayout)
-        layer_cls = self.linear_layer_cls if linear else self.tuner_layer_cls
+        layout = layout_of(base)
+        if base is not target and isinstance(layout, ConvLayout):
+            raise ValueError(
+                f"{current_key!r} carries adapters of another model: merge those before these are put on top"
+            )
+        layer_cls = self.linear_layer_cls if isinstance(layout, LinearLayout) else self.tuner_layer_cls
         layer = layer_cls(target, quantization_kwargs(self.model))
         layer.train(target.training)
         layer.update_layer(adapter_name, peft_config, current_key)
@@ -82,8 +86,9 @@ class OrthoModel(BaseTuner):
                 present = [
                     (layer.adapters[n], w) for n, w in zip(adapters, weights, strict=True) if n in layer.adapters
                 ]
+                made = layer.adapters[adapter_name].to(next(present[0][0].parameters()).dtype)
                 with torch.no_grad():
-                    layer.adapters[adapter_name].combine([a for a, _ in present], [w for _, w in present])
+                    made.combine([a for a, _ in present], [w for _, w in present])
         except Exception:
             self.delete_adapter(adapter_name)
             raise
@@ -109,6 +114,7 @@ class OrthoModel(BaseTuner):
         layers = {key: layer for key, layer in named if any(name in layer.adapters for name in wanted)}
         for layer in layers.values():
             check_mergeable(layer.get_base_layer(), layer.quantization_backend)
+        _check_own_weights(layers)
         merged = {key: len(layer.merged_adapters) for key, layer in layers.items()}
         yield
         errors = {
@@ -150,6 +156,24 @@ def penalty(model: nn.Module) -> Tensor | None:
     adapters = [layer.adapters[n] for layer in layers for n in layer.active_adapters if n in layer.adapters]
     terms = [term for adapter in adapters if (term := adapter.penalty()) is not None]
     return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else None
+
+
+def _check_own_weights(layers: Mapping[str, OrthoLayer]) -> None:
+    """Check that no merge into one of these layers goes through to what another computes.
+
+    Raises:
+        ValueError: a layer sits on adapters of another model that are not merged, or two layers share one weight.
+    """
+    owners: dict[int, str] = {}
+    for key, layer in layers.items():
+        inner = layer.base_layer
+        if isinstance(inner, BaseTunerLayer) and not inner.merged:
+            raise ValueError(f"{key!r} sits on adapters of another model: merge those before these are put on top")
+        owner = owners.setdefault(id(layer.get_base_layer().weight), key)
+        if owner != key and not key.startswith(f"{owner}."):
+            raise ValueError(
+                f"{owner!r} and {key!r} share one weight, which cannot hold both adapters: adapt one of them"
+            )
 
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: Any, names: list[str]) -> tuple[Any, Any]:
