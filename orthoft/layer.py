@@ -62,6 +62,8 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
         dtype = getattr(getattr(self.get_base_layer(), "weight", None), "dtype", torch.float32)
         if dtype.is_floating_point and not any(p.is_meta for p in adapter.parameters()):
             adapter.to(dtype)  # as all of PEFT's; with autocast_adapter_dtype, its default, PEFT makes it float32 again
+            for buffer in adapter.buffers():  # which PEFT leaves as they are: it would load into rounded ones
+                buffer.data = at_least_float32(buffer) if buffer.is_floating_point() else buffer.data
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
