@@ -70,7 +70,7 @@ class Adapter(nn.Module, ABC):
     def combine(self, adapters: Sequence[Self], weights: Sequence[float]) -> None:
         """Become the weighted combination of adapters of the same layer, in this method's own geometry.
 
-        One adapter with weight 1 is reproduced, weight 0 is the identity.
+        One adapter with weight 1 is reproduced (one with a series up to its defect), weight 0 is the identity.
 
         Raises:
             ValueError: they have no common geometry (other blocks, other bases, another pattern).

@@ -57,6 +57,9 @@ class OrthoConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own habit
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        for name in ("rank_pattern", "block_size_pattern"):
+            if getattr(self, name, {}) is None:
+                setattr(self, name, {})
         self._check_choice("bias", ("none", "all", "ortho_only"))
         if self.bias != "none" and not saves_biases():
             raise ValueError("bias needs PEFT 0.21 or newer: PEFT 0.20 trains biases but does not save them")

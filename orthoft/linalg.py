@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -136,13 +137,24 @@ def rotation_update(entries: Tensor, size: int, map: RotationMap = "series", deg
     return cayley_update(S) if map == "cayley" else series_update(S, degree)
 
 
-def combine_generators(generators: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return the Cayley generator of ``exp(sum_i w_i log C(S_i))`` for skew ``S_i`` (..., b, b), in float64.
+def combine_generators(
+    generators: Sequence[Tensor], weights: Sequence[float], degrees: Sequence[int | None] | None = None
+) -> Tensor:
+    """Return the Cayley generator of ``exp(sum_i w_i log R_i)`` for skew ``S_i`` (..., b, b), in float64.
 
-    ``i S`` is Hermitian, and the map ``C(S) = exp(2 artanh S)`` acts on eigenvalues: ``S = i w`` turns by ``2 atan w``.
+    ``R_i`` is the Cayley map of ``S_i``, or with a degree the rotation nearest to its series. ``i S`` is Hermitian, and
+    the maps act on eigenvalues: ``S = i w`` turns by ``2 atan w``, less ``arg(1 - (i w)^D)`` for the series cut at D.
     """
-    total = sum(w * _on_spectrum(S, torch.atan) for S, w in zip(generators, weights, strict=True))
+    parts = zip(generators, weights, degrees or [None] * len(generators), strict=True)
+    total = sum(w * _on_spectrum(S, partial(_half_angle, degree=degree)) for S, w, degree in parts)
     return _on_spectrum(cast(Tensor, total), torch.tan)
+
+
+def _half_angle(w: Tensor, degree: int | None) -> Tensor:
+    """Return half the angle by which the map turns at the eigenvalue ``i w``: ``(1 + iw)(1 - (iw)^D) / (1 - iw)``."""
+    if degree is None:
+        return torch.atan(w)
+    return torch.atan(w) - torch.atan(w**degree) / (2 if degree % 4 == 1 else -2)
 
 
 def _on_spectrum(S: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:

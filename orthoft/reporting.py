@@ -22,7 +22,8 @@ class AdapterReport:
     """One adapter on one layer.
 
     ``defect`` is ``||Q Q^T - I||_2`` as float32 computes it, ``angle`` and ``rms_angle`` are the largest and the root
-    mean square rotation angle in degrees (None where the adapter is no rotation of the inputs), ``flops`` what it costs
+    mean square rotation angle in degrees (None where the adapter does not act on the inputs;
+    by how far vectors move where it also stretches), ``flops`` what it costs
     per token relative to the frozen layer's ``2 m n`` operations (None where it is not a linear layer),
     ``requantization_error`` that of a merge into a quantised weight.
     """

@@ -132,6 +132,8 @@ class OrthoModel(BaseTuner):
         if names is None:
             yield
             return
+        if isinstance(names, str):
+            raise ValueError(f"adapter_names is a list of one name per row of the batch, got {names!r}")
         if self.training:
             raise ValueError("adapter_names works in evaluation mode only: call model.eval() first")
         missing = sorted(set(names) - {"__base__"} - set(self.peft_config))

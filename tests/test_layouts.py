@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -222,8 +223,11 @@ def test_weighted_combinations(case: Case, layer: str) -> None:
     combine(["red"], [1.0], "same")
     combine(["red", "blue"], [0.0, 0.0], "none")
     combine(["red", "blue"], [1.0, 0.0], "first")
-    assert distance(outputs(model, x, "same"), wanted) < 1e-6
-    assert distance(outputs(model, x, "first"), wanted) < 1e-6
+    near = (
+        1e-3 if case.method == "oftv2" and "map" not in case.changes else 1e-6
+    )  # of the rotation nearest to the series
+    assert distance(outputs(model, x, "same"), wanted) < near
+    assert distance(outputs(model, x, "first"), wanted) < near
     assert distance(outputs(model, x, "none"), plain) < 1e-6
     assert distance(outputs(model, x, "red"), wanted) == 0
     combine(["red", "blue"], [0.5, 0.5], "mean")
@@ -318,3 +322,21 @@ def test_patterns_choose_the_size_of_convolutions_too() -> None:
     assert ours(model).adapters["default"].block_size == 3
     with pytest.raises(ValueError, match="block_size 5 does not divide the 12 inputs"):
         get_peft_model(base_of("Conv2d"), replace(config, block_size_pattern={}))
+
+
+def test_sums_of_series_are_those_of_the_nearest_rotations() -> None:
+    """Two adapters of 60 degrees or so, doubled: the series of the sum would be far from orthogonal."""
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(OrderedDict(layer=nn.Linear(24, 10))), CASES["oftv2"].config(degree=3))
+    model.add_adapter("other", CASES["oftv2"].config(degree=3))
+    adapters = model.double().base_model.model.layer.adapters
+    for adapter in adapters.values():
+        nn.init.normal_(adapter.skew, std=0.15)
+    model.base_model.add_weighted_adapter(["default", "other"], [2.0, 2.0], "sum")
+    eye = torch.eye(24, dtype=torch.float64)
+    total = torch.zeros(24, 24, dtype=torch.complex128)
+    for name in ("default", "other"):
+        U, _, Vh = torch.linalg.svd(adapters[name].rotate(eye).detach())
+        values, vectors = torch.linalg.eig(U @ Vh)
+        total += 2 * vectors @ torch.diag(values.log()) @ torch.linalg.inv(vectors)
+    assert distance(adapters["sum"].rotate(eye), torch.linalg.matrix_exp(total).real) < 1e-6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -87,7 +87,8 @@ class BlockRotation(InputRotation):
             raise ValueError("adapters of one combination need blocks of the same size in each layer")
         generators = [skew(a.generators().double(), self.block_size) for a in adapters]
         rows, cols = torch.triu_indices(self.block_size, self.block_size, 1, device=self.skew.device)
-        self.skew.copy_(combine_generators(generators, weights)[:, rows, cols])
+        degrees = [a.degree if a.map == "series" else None for a in adapters]
+        self.skew.copy_(combine_generators(generators, weights, degrees)[:, rows, cols])
 
     def _drop(self, update: Tensor) -> Tensor:
         """Multiplicative dropout: a block is left out, i.e. replaced by the identity, with probability ``dropout``."""
@@ -146,9 +147,10 @@ class OFTv2Config(OrthoConfig):
             self.map = "cayley"
 
     def combined(self, others: Sequence[Self], keys: Sequence[str]) -> Self:
-        """As for every adapter; the radius bounds what is trained, not sums of it."""
-        config = super().combined(others, keys)
-        config.radius = None
+        """As for every adapter, with the exact map: sums leave the range of the series, and any radius."""
+        alike = [replace(c, map=self.map, degree=self.degree) for c in others]
+        config = super().combined(alike, keys)
+        config.map, config.radius = "cayley", None
         return config
 
     def make_adapter(self, key: str, in_features: int, out_features: int) -> BlockRotation:

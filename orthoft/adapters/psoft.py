@@ -93,7 +93,8 @@ class SubspaceRotation(InputRotation):
         self.basis.copy_(first)
         rows, cols = torch.triu_indices(self.r, self.r, 1, device=self.skew.device)
         generators = [skew(a.skew.double(), self.r) for a in adapters]
-        self.skew.copy_(combine_generators(generators, weights)[rows, cols])
+        degrees = [a.degree if a.map == "series" else None for a in adapters]
+        self.skew.copy_(combine_generators(generators, weights, degrees)[rows, cols])
         for name in ("alpha", "beta") if self.alpha is not None else ():
             powers = [getattr(a, name).double() ** w for a, w in zip(adapters, weights, strict=True)]
             scales = torch.stack(powers).prod(dim=0)
@@ -189,8 +190,11 @@ class PSOFTConfig(OrthoConfig):
             self.map = "cayley"
 
     def combined(self, others: Sequence[Self], keys: Sequence[str]) -> Self:
-        """As for every adapter; they may be saved in different ways."""
-        return super().combined([replace(c, save_basis=self.save_basis) for c in others], keys)
+        """As for every adapter, with the exact map: sums leave the range of the series."""
+        alike = [replace(c, save_basis=self.save_basis, map=self.map, degree=self.degree) for c in others]
+        config = super().combined(alike, keys)
+        config.map = "cayley"
+        return config
 
     def make_adapter(self, key: str, in_features: int, out_features: int) -> SubspaceRotation:
         r = self._by_pattern(self.rank_pattern, key, self.r)
