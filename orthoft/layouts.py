@@ -136,5 +136,6 @@ def layout_of(base: nn.Module) -> Layout:
 def _plain(base: Any) -> bool:
     """Say whether the weight may be used in place of the call: a float tensor in a layer nobody has hooked into."""
     own_class = type(base) in (nn.Linear, Conv1D)
-    own_weight = type(base.weight) in (Tensor, nn.Parameter) and base.weight.is_floating_point()
+    weight: Any = getattr(base, "weight", None)
+    own_weight = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
     return own_class and own_weight and not hasattr(base, "_hf_hook") and not base._forward_hooks

@@ -171,7 +171,7 @@ REGISTRIES = [
         "tasks[0].adapter: unknown field of adapter 'oftv2' 'blocksize', did you mean 'block_size'?",
     ),
     ("tasks.1.adapter.type", "ia3", "tasks[1].adapter: unknown field of adapter 'ia3' 'r'"),
-    ("tasks.0.adapter", {"type": "peft.hra"}, "tasks[0].adapter: type 'peft.hra' cannot be merged, only "),
+    ("tasks.0.adapter", {"type": "loha"}, "tasks[0].adapter: type 'loha' cannot be merged, only "),
     ("tasks.0.training", {"optim": "adamww"}, "tasks[0].training: adamww is not a valid OptimizerNames"),
     ("merge.method", "tiess", "merge: unknown merge method 'tiess', did you mean 'ties'?"),
     ("merge.space", "ful", "merge: unknown space 'ful', did you mean 'full'?"),
