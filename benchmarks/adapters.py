@@ -114,6 +114,7 @@ def forward_backward(models: dict[str, nn.Module], x: Tensor, repeats: int) -> N
     times: dict[str, list[float]] = {name: [] for name in models}
     for repeat in range(repeats + 1):
         for name, model in models.items():
+            seconds(model, x)  # leaves memory as this model needs it, not the one before
             took = seconds(model, x)
             if repeat:
                 times[name].append(took)

@@ -118,7 +118,11 @@ class InputRotation(Adapter):
         """Return ``x Q`` for rows ``x`` (..., n), with ``Q^T``, ``Q^-1`` or ``Q^-T`` in its place by the flags."""
 
     def forward(self, x: Tensor, linear: FrozenLinear) -> Tensor:
-        return linear(self.rotate(cast_for_autocast(x)))
+        return linear(self.turn(x))
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Return what the frozen layer gets in place of ``x``: rotated, with what this training step leaves out."""
+        return self.rotate(cast_for_autocast(x))
 
     def lookup(self, ids: Tensor, embed: Map) -> Tensor:
         return self.rotate(embed(ids), transpose=True)

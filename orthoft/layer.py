@@ -11,9 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
-from orthoft.adapter import Adapter, Map
+from orthoft.adapter import Adapter, InputRotation, Map, cast_for_autocast
 from orthoft.config import OrthoConfig
-from orthoft.layouts import layout_of
+from orthoft.layouts import LinearLayout, layout_of
 from orthoft.linalg import at_least_float32
 from orthoft.quantization import OriginalWeight, quantization_backend, requantization_error
 
@@ -96,12 +96,24 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
     def _forward_by_row(self, x: Tensor, base: Map, names: list[str]) -> Tensor:
         """One adapter per row of the batch; "__base__" stands for none."""
         if self.merged:
-            raise ValueError("adapter_names cannot be used while adapters are merged: call unmerge_adapter() first")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         if len(names) != len(x):
-            raise ValueError(f"adapter_names needs one name per row of the batch: {len(names)} names, {len(x)} rows")
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {len(x)} respectively."
+            )
+        if not names:
+            return base(x)
         rows = {name: [i for i, n in enumerate(names) if n == name] for name in dict.fromkeys(names)}
+        order = torch.tensor([i for index in rows.values() for i in index], device=x.device, dtype=torch.long)
+        found = {name: self.adapters[name] for name in rows if name in self.adapters}
+        turned = {name: a.turn for name, a in found.items() if isinstance(a, InputRotation)}
+        if isinstance(self.layout, LinearLayout) and len(turned) == len(found):  # one call of the frozen layer for all
+            parts = [turned.get(name, cast_for_autocast)(x[index]) for name, index in rows.items()]
+            return base(torch.cat(parts)[torch.argsort(order)])
         parts = [self._adapted(x[index], base, [name]) for name, index in rows.items()]
-        order = torch.tensor([i for index in rows.values() for i in index], device=x.device)
         return torch.cat(parts)[torch.argsort(order)]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -119,7 +131,7 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
         weight = original.read(base.weight.device)
         merged = self._merged_weight(weight, [*self.merged_adapters, *names])
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"merging {', '.join(names)} gives NaN or Inf in the weight: the adapter seems broken")
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
         self.set_base_weight(merged.to(weight.dtype))
         self._original_weight = original
         self.merged_adapters.extend(names)

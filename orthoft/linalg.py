@@ -123,17 +123,27 @@ def within_radius(entries: Tensor, radius: float | None, blocks: int) -> Tensor:
     Then ``||S||_F <= radius`` over all ``blocks``: the constrained variant of OFT (arXiv 2306.07280). Gradients pass
     through the projection.
     """
-    if radius is None:
-        return entries
-    bound = radius / blocks**0.5
+    return entries if radius is None else within_ball(entries, radius / blocks**0.5)
+
+
+def within_ball(entries: Tensor, norm: float) -> Tensor:
+    """Return the skew ``entries`` (..., b (b - 1) / 2), each block shrunk to ``||S||_F <= norm`` if it is beyond."""
     norms = 2**0.5 * torch.linalg.vector_norm(entries, dim=-1, keepdim=True)  # both triangles
-    shrink: Tensor = bound / norms.clamp(min=bound)
+    shrink: Tensor = norm / norms.clamp(min=norm)
     return entries * shrink
+
+
+def of_map(entries: Tensor, map: RotationMap, degree: int) -> Tensor:
+    """Return the entries that a map takes: for the series those with ``||S||_2 <= ||S||_F / sqrt(2) <= 1``.
+
+    Beyond this ball the series diverges, and one large step would overflow its powers; degree 1 has none.
+    """
+    return within_ball(entries, 2**0.5) if map == "series" and degree > 1 else entries
 
 
 def rotation_update(entries: Tensor, size: int, map: RotationMap = "series", degree: int = 5) -> Tensor:
     """Return ``Q - I`` (..., size, size) of the rotations with the skew ``entries`` (..., size (size - 1) / 2)."""
-    S = skew(entries, size)
+    S = skew(of_map(entries, map, degree), size)
     return cayley_update(S) if map == "cayley" else series_update(S, degree)
 
 

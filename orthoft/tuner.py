@@ -135,10 +135,13 @@ class OrthoModel(BaseTuner):
         if isinstance(names, str):
             raise ValueError(f"adapter_names is a list of one name per row of the batch, got {names!r}")
         if self.training:
-            raise ValueError("adapter_names works in evaluation mode only: call model.eval() first")
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         missing = sorted(set(names) - {"__base__"} - set(self.peft_config))
         if missing:
-            raise unknown("adapter", missing[0], [*self.peft_config, "__base__"])
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(missing)}. Choose from: "
+                f"{', '.join(self.peft_config)}, __base__"
+            )
         beams = kwargs.get("num_beams")
         if isinstance(beams, int) and beams > 1:
             names = [name for name in names for _ in range(beams)]

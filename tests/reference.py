@@ -101,6 +101,8 @@ def rotated(weight: Tensor, triangles: Tensor, size: int, map: str, degree: int)
         if map == "cayley":
             blocks.append((eye + S) @ torch.linalg.inv(eye - S))
         else:
+            size_of_S = (entries**2).sum().sqrt()  # ||S||_F / sqrt(2)
+            S = S / size_of_S if size_of_S > 1 and degree > 1 else S
             powers = sum((torch.linalg.matrix_power(S, i) for i in range(1, degree)), eye)
             blocks.append((eye + S) @ powers)
     blocks = blocks * (weight.shape[1] // size) if len(blocks) == 1 else blocks

@@ -553,3 +553,17 @@ def test_radius_bounds_the_generator_and_frees_what_is_inside() -> None:
     torch.testing.assert_close(other.generators(), other.skew.data)
     with pytest.raises(ValueError, match="radius must be positive"):
         OFTv2Config(radius=0.0)
+
+
+@pytest.mark.parametrize("config", [OFTv2Config(block_size=8), PSOFTConfig(r=8, map="series")], ids=["oftv2", "psoft"])
+def test_large_steps_do_not_overflow_the_series(config: OrthoConfig) -> None:
+    torch.manual_seed(0)
+    one = config.make_adapter("lin", IN, IN)
+    one.adopt(lambda: torch.randn(IN, IN))
+    one.reset_parameters()
+    with torch.no_grad():
+        one.skew.copy_(1e8 * torch.randn_like(one.skew))
+    one.rotate(torch.randn(ROWS, IN)).sum().backward()
+    assert torch.isfinite(one.rotate(torch.eye(IN))).all()
+    assert one.skew.grad is not None
+    assert torch.isfinite(one.skew.grad).all()

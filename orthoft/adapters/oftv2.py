@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from orthoft.adapter import FrozenLinear, InputRotation, Map, cast_for_autocast
+from orthoft.adapter import InputRotation, Map, cast_for_autocast
 from orthoft.config import OrthoConfig
 from orthoft.delta import Delta, Rotated
 from orthoft.layer import OrthoLayer
@@ -20,6 +20,7 @@ from orthoft.linalg import (
     at_least_float32,
     combine_generators,
     inverse_update,
+    of_map,
     rotation_update,
     skew,
     within_radius,
@@ -69,8 +70,8 @@ class BlockRotation(InputRotation):
         update = self.matrices().mT
         return Rotated(weight, update.expand(self.features // self.block_size, -1, -1))
 
-    def forward(self, x: Tensor, linear: FrozenLinear) -> Tensor:
-        return linear(add_block_product(cast_for_autocast(x), self._drop(self.matrices())))
+    def turn(self, x: Tensor) -> Tensor:
+        return add_block_product(cast_for_autocast(x), self._drop(self.matrices()))
 
     def lookup(self, ids: Tensor, embed: Map) -> Tensor:
         return add_block_product(embed(ids), self._drop(self.matrices()).mT)
@@ -85,7 +86,7 @@ class BlockRotation(InputRotation):
         """``R = exp(sum_i w_i log R_i)``, block by block."""
         if any((a.block_size, a.skew.shape) != (self.block_size, self.skew.shape) for a in adapters):
             raise ValueError("adapters of one combination need blocks of the same size in each layer")
-        generators = [skew(a.generators().double(), self.block_size) for a in adapters]
+        generators = [skew(of_map(a.generators().double(), a.map, a.degree), self.block_size) for a in adapters]
         rows, cols = torch.triu_indices(self.block_size, self.block_size, 1, device=self.skew.device)
         degrees = [a.degree if a.map == "series" else None for a in adapters]
         self.skew.copy_(combine_generators(generators, weights, degrees)[:, rows, cols])

@@ -16,7 +16,7 @@ from orthoft.bases import SVD, add_subspace_product, check_fingerprint, fingerpr
 from orthoft.config import OrthoConfig
 from orthoft.delta import Delta, LowRank
 from orthoft.layer import OrthoLayer
-from orthoft.linalg import RotationMap, at_least_float32, combine_generators, inverse_update, skew
+from orthoft.linalg import RotationMap, at_least_float32, combine_generators, inverse_update, of_map, skew
 from orthoft.tuner import OrthoModel
 
 
@@ -92,7 +92,7 @@ class SubspaceRotation(InputRotation):
             raise ValueError(f"adapters of one combination need the same basis, those of {self.key!r} have others")
         self.basis.copy_(first)
         rows, cols = torch.triu_indices(self.r, self.r, 1, device=self.skew.device)
-        generators = [skew(a.skew.double(), self.r) for a in adapters]
+        generators = [skew(of_map(a.skew.double(), a.map, a.degree), self.r) for a in adapters]
         degrees = [a.degree if a.map == "series" else None for a in adapters]
         self.skew.copy_(combine_generators(generators, weights, degrees)[rows, cols])
         for name in ("alpha", "beta") if self.alpha is not None else ():

@@ -17,7 +17,7 @@ from orthoft.convert.conversion import Conversion, LayerReport, Opened, keys, op
 from orthoft.convert.outward import oft_kind
 from orthoft.delta import LowRank
 from orthoft.errors import unknown
-from orthoft.linalg import RotationMap, orthonormal_rows, rotation_update, skew, within_radius
+from orthoft.linalg import RotationMap, of_map, orthonormal_rows, rotation_update, skew, within_radius
 from orthoft.merging.peft_readers import neumann_degree, neumann_update, psoft_generator, psoft_svd
 from orthoft.merging.readers import block_size
 from orthoft.merging.writer import refuse_existing
@@ -190,11 +190,12 @@ class OurMap:
         """Return our skew entries (g, ...) for PEFT's, the norm of the rotation, and the relative error."""
         if self.terms is None:
             return entries, 1.0, 0.0
-        if not self.nearest:
-            return (2.0 if self.degree == 1 else 1.0) * entries, 1.0, 0.0
+        same = (2.0 if self.degree == 1 else 1.0) * entries
+        if not self.nearest and torch.equal(of_map(same, self.map, self.degree), same):
+            return same, 1.0, 0.0
         wanted = torch.eye(size, dtype=torch.float64) + neumann_update(skew(entries.double(), size), self.terms)
         rows, cols = torch.triu_indices(size, size, 1)
-        found = _generator_of_nearest(wanted)[:, rows, cols].to(entries.dtype)
+        found = _generator_of_nearest(wanted)[:, rows, cols].to(entries.dtype) if self.nearest else same
         got = torch.eye(size, dtype=torch.float64) + rotation_update(found.double(), size, self.map, self.degree)
         return found, *relative(got - wanted, wanted)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orthoft.convert.conversion import Conversion, LayerReport, Opened, keys, open_adapter, relative
 from orthoft.errors import unknown
-from orthoft.linalg import reflection_rows, skew, within_radius
+from orthoft.linalg import of_map, reflection_rows, skew, within_radius
 from orthoft.merging.peft_readers import psoft_svd
 from orthoft.merging.readers import block_size, psoft_basis, psoft_update
 from orthoft.merging.writer import refuse_existing
@@ -75,7 +75,9 @@ def oft(opened: Opened, tolerance: float) -> Conversion:
                 f"not divide the {inputs} inputs of {name!r}: convert to a LoRA"
             )
         free = within_radius(entries, config.get("radius"), inputs // block_size(entries.shape[1]))
-        moved = sign * _in_larger_blocks(free, common, bool(config.get("block_share")))
+        moved = sign * _in_larger_blocks(
+            of_map(free, config["map"], config["degree"]), common, bool(config.get("block_share"))
+        )
         suffix, moved = ("oft_embedding_R", -moved) if kind == "embedding" else ("oft_R", moved)
         tensors |= keys(source.module(name), {f"{suffix}.weight": moved})
     fields: dict[str, Any] = {
@@ -219,7 +221,11 @@ def _filled_up(found: Mapping[str, Tensor], signs: Tensor, r: int, config: Mappi
     """Return PEFT's parameters of ``diag(beta) R diag(alpha)`` in r dimensions, with other signs of the old ones."""
     small = len(signs)
     S = found["orthoft_psoft_adapter.skew"].new_zeros(r, r)
-    S[:small, :small] = signs[:, None] * skew(found["orthoft_psoft_adapter.skew"], small) * signs
+    S[:small, :small] = (
+        signs[:, None]
+        * skew(of_map(found["orthoft_psoft_adapter.skew"], config["map"], config["degree"]), small)
+        * signs
+    )
     rows, cols = torch.triu_indices(r, r, 1)
     tensors = {"psoft_R.weight": (_halved(config) if config["map"] == "series" else 1.0) * S[rows, cols]}
     for theirs, ours in (("vector_a", "alpha"), ("vector_b", "beta")) if config["relax"] else ():
