@@ -129,7 +129,8 @@ def within_radius(entries: Tensor, radius: float | None, blocks: int) -> Tensor:
 def within_ball(entries: Tensor, norm: float) -> Tensor:
     """Return the skew ``entries`` (..., b (b - 1) / 2), each block shrunk to ``||S||_F <= norm`` if it is beyond."""
     norms = 2**0.5 * torch.linalg.vector_norm(entries, dim=-1, keepdim=True)  # both triangles
-    return entries / (norms / norm).clamp(min=1)  # by exactly 1 inside
+    excess: Tensor = (norms / norm).clamp(min=1)  # exactly 1 inside
+    return entries / excess
 
 
 def of_map(entries: Tensor, map: RotationMap, degree: int) -> Tensor:

@@ -266,7 +266,7 @@ def test_broken_adapter_changes_nothing(kind: str) -> None:
     merged = stored(layer)
     with torch.no_grad():
         layer.adapters["broken"].skew.fill_(torch.nan)
-    with pytest.raises(ValueError, match="NaNs detected.*The adapter broken"):
+    with pytest.raises(ValueError, match=r"NaNs detected.*The adapter broken"):
         model.merge_adapter(["broken"], safe_merge=True)
     assert same(stored(layer), merged)
     assert layer.merged_adapters == ["default"]
