@@ -89,10 +89,11 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
     return total
 
 
-def seconds(model: nn.Module, x: Tensor) -> float:
-    start = now()
+def seconds(model: nn.Module, x: Tensor) -> tuple[float, float]:
+    """Return the wall-clock and the processor time of one forward + backward."""
+    start, spent = now(), time.process_time()
     model(x).sum().backward()
-    return now() - start
+    return now() - start, time.process_time() - spent
 
 
 def adapted(
@@ -111,20 +112,20 @@ def adapted(
 
 def forward_backward(models: dict[str, nn.Module], x: Tensor, repeats: int) -> None:
     """Print a table; runs are interleaved, so that noise meets all alike, and the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in models}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for repeat in range(repeats + 1):
         for name, model in models.items():
             seconds(model, x)  # leaves memory as this model needs it, not the one before
             took = seconds(model, x)
             if repeat:
                 times[name].append(took)
-    floor = statistics.median(times["frozen"])
+    medians = {n: [statistics.median(column) for column in zip(*took, strict=True)] for n, took in times.items()}
     kept = saved_bytes(models["frozen"], x)
-    print("| | time / frozen | saved / one input |\n|---|---|---|")
+    print("| | wall time / frozen | CPU time / frozen | saved / one input |\n|---|---|---|---|")
     for name, model in models.items():
-        ratio = statistics.median(times[name]) / floor
+        wall, cpu = (mine / floor for mine, floor in zip(medians[name], medians["frozen"], strict=True))
         saved = (saved_bytes(model, x) - kept) / (x.numel() * x.element_size())
-        print(f"| {name} | {ratio:.2f} | {saved:.2f} |", flush=True)
+        print(f"| {name} | {wall:.2f} | {cpu:.2f} | {saved:.2f} |", flush=True)
 
 
 def merge_times(width: int, repeats: int, only: str) -> None:

@@ -119,9 +119,7 @@ def merge(
     make = get_output(output)
     refuse_existing(out, overwrite)
     todo = plan(base, sources, method=method, space=space, weights=weights, seed=seed, **params)
-    for folder in (todo.base.folder, *(source.folder for source in todo.sources)):
-        if out.exists() and (folder.resolve() == out.resolve() or out.resolve() in folder.resolve().parents):
-            raise ValueError(f"the output folder {out} holds what is merged ({folder}): choose another")
+    _refuse_own_folders(todo, out)
     writer = make(todo, Options(str(base), dtype, rank, max_shard_size))
     report = MergeReport(
         base=str(base),
@@ -141,6 +139,12 @@ def merge(
         report.seconds, report.peak_bytes = time.perf_counter() - start, _peak_bytes()
         report.save(folder / "merge_report.json")
     return report
+
+
+def _refuse_own_folders(todo: MergePlan, out: Path) -> None:
+    for folder in (todo.base.folder, *(source.folder for source in todo.sources)):
+        if out.exists() and (folder.resolve() == out.resolve() or out.resolve() in folder.resolve().parents):
+            raise ValueError(f"the output folder {out} holds what is merged ({folder}): choose another")
 
 
 def _write(todo: MergePlan, writer: Output, folder: Path, report: MergeReport, progress: bool) -> None:

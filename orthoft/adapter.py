@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class FrozenLinear:
 
 class Adapter(nn.Module, ABC):
     """Trainable state on one frozen linear map. It is made, adopts its weight, and is reset, in this order."""
+
+    kept: ClassVar[tuple[str, ...]] = ()  # buffers that a cast leaves in float32: rounded bases are not orthonormal
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,6 +106,14 @@ class Adapter(nn.Module, ABC):
     def sources(self) -> list[Tensor]:
         """Return the tensors that `build` reads, whose change outdates its result."""
         return [*self.parameters(), *self.buffers()]
+
+    def _apply(self, fn: Map, recurse: bool = True) -> Self:
+        before = {name: buffer for name in self.kept if (buffer := self._buffers[name]) is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            if (after := self.get_buffer(name)).dtype.itemsize < 4:
+                self._buffers[name] = buffer.to(after.device)
+        return self
 
     def train(self, mode: bool = True) -> Self:
         self._cache = None

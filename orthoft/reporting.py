@@ -80,7 +80,7 @@ def _one(name: str, layer: OrthoLayer, key: str) -> AdapterReport:
         parameters=sum(p.numel() for p in adapter.parameters()),
         bytes=sum(t.numel() * t.element_size() for t in _state(adapter)),
         flops=adapter.flops_per_token() / frozen if isinstance(layer.layout, LinearLayout) else None,
-        requantization_error=getattr(layer, "requantization_error", None),
+        requantization_error=layer.requantization_error,
     )
 
 

@@ -21,6 +21,7 @@ FLOORS = [
     "sparse",
     "delta",
     "adapter",
+    "spectral",
     "peft_compat",
     "quantization",
     "config",

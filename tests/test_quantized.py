@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils import quantization_utils
-from tiny import save_llama
+from tiny import Net, save_llama
 from torch import Tensor, nn
 
 from orthoft import ADAPTERS, OFTv2Config, quantization
@@ -31,15 +31,6 @@ needs_torchao = pytest.mark.skipif(
     reason="torchao is not installed, or PEFT is 0.20, which cannot read torchao 0.18",
 )
 every = pytest.mark.parametrize("method", sorted(ADAPTERS))
-
-
-class Net(nn.Module):
-    def __init__(self, lin: nn.Module) -> None:
-        super().__init__()
-        self.lin = lin
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lin(x)
 
 
 def eight_bit(linear: nn.Linear) -> Net:

@@ -13,17 +13,18 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from reference_svft import entries, svft
 from safetensors.torch import load_file
-from tiny import save_llama
+from tiny import Net, save_llama
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from orthoft import sparse
 from orthoft.adapter import FrozenLinear
-from orthoft.adapters.svft import SpectralUpdate, SVFTConfig
+from orthoft.adapters.svft import SVFTConfig
 from orthoft.delta import LowRank
 from orthoft.layer import OrthoLayer
 from orthoft.sparse import weight_is_cheaper
+from orthoft.spectral import SpectralUpdate
 
 SIZE, OUT, IN, ROWS = 12, 10, 24, 7
 
@@ -44,15 +45,6 @@ SCHEDULES = ("activations", "weight", "auto")
 def case(request: pytest.FixtureRequest) -> tuple[SVFTConfig, tuple[int, int]]:
     torch.manual_seed(0)
     return CASES[request.param]
-
-
-class Net(nn.Module):
-    def __init__(self, lin: nn.Module) -> None:
-        super().__init__()
-        self.lin = lin
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lin(x)
 
 
 def adapted(config: SVFTConfig, lin: nn.Module, start: bool = False, name: str = "default") -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 WORDS = [f"w{i}" for i in range(24)]
 
@@ -93,3 +94,14 @@ def text_task(folder: Path, step: int, seed: int) -> dict[str, str]:
 
     sizes = {"train": 40, "tuning": 8, "test": 12}
     return {split: write_rows(folder / f"{split}.jsonl", [row() for _ in range(n)]) for split, n in sizes.items()}
+
+
+class Net(nn.Module):
+    """A model of one layer, called lin."""
+
+    def __init__(self, lin: nn.Module) -> None:
+        super().__init__()
+        self.lin = lin
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(x)

@@ -29,6 +29,8 @@ class SubspaceRotation(InputRotation):
     its place a ``fingerprint`` (8,), by which loading refuses a weight with other singular vectors.
     """
 
+    kept = ("basis", "fingerprint")
+
     basis: Tensor
     fingerprint: Tensor | None
 
@@ -127,15 +129,6 @@ class SubspaceRotation(InputRotation):
 
     def _name(self) -> str:
         return f"the adapter of {self.key!r}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Cast and move, but leave the basis in float32: rounded, its rows are not orthonormal any more."""
-        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in before.items():
-            if (after := self.get_buffer(name)).dtype.itemsize < 4:
-                self._buffers[name] = buffer.to(after.device)
-        return self
 
 
 @dataclass

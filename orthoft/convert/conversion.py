@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from orthoft.errors import unknown
 from orthoft.merging.hub import base_of, find_folder
 from orthoft.merging.outputs import EMBEDDING
 from orthoft.merging.source import AdapterSource
 from orthoft.merging.tensors import TensorFolder
-from orthoft.merging.writer import new_folder, write_json
+from orthoft.merging.writer import new_folder, refuse_existing, write_json
 
 Kind = Literal["linear", "conv1d", "embedding", "convolution"]
 # What every method of PEFT has in its configuration, ours included.
@@ -165,3 +166,36 @@ def relative(difference: Tensor, whole: Tensor) -> tuple[float, float]:
 def keys(module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a module under the names they have in an adapter's file."""
     return {f"base_model.model.{module}.{name}": tensor for name, tensor in tensors.items()}
+
+
+Convert = Callable[[Opened, float], Conversion]
+
+
+def converted(
+    formats: Mapping[str, Convert],
+    what: str,
+    adapter: str | Path,
+    out: str | Path | None,
+    base: str | Path | None,
+    tolerance: float,
+    overwrite: bool,
+) -> Conversion:
+    """Convert an adapter folder by the function of its kind in ``formats``, with what is saved beside it, and save it.
+
+    Raises:
+        FileNotFoundError, FileExistsError: the adapter or its base is missing, ``out`` exists.
+        ValueError: ``formats`` has no such kind (it is called ``what``), or the new format cannot hold it.
+    """
+    if out is not None:
+        refuse_existing(Path(out), overwrite)
+    opened = open_adapter(adapter, base)
+    if opened.source.kind not in formats:
+        raise unknown(what, opened.source.kind, formats)
+    conversion = formats[opened.source.kind](opened, tolerance)
+    conversion.tensors |= opened.source.beside()
+    conversion.notes += opened.guesses()
+    if base is not None:
+        conversion.config["base_model_name_or_path"] = str(base)
+    if out is not None:
+        conversion.save(out, overwrite)
+    return conversion

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from orthoft.bases import subspace_update
-from orthoft.convert.conversion import Conversion, LayerReport, Opened, keys, open_adapter, relative
+from orthoft.convert.conversion import Conversion, LayerReport, Opened, converted, keys, relative
 from orthoft.convert.outward import oft_kind
 from orthoft.delta import LowRank
-from orthoft.errors import unknown
 from orthoft.linalg import RotationMap, of_map, orthonormal_rows, rotation_update, skew, within_radius
 from orthoft.merging.peft_readers import neumann_degree, neumann_update, psoft_generator, psoft_svd
 from orthoft.merging.readers import block_size
-from orthoft.merging.writer import refuse_existing
 
 
 def from_peft(
@@ -46,18 +44,7 @@ def from_peft(
         FileNotFoundError, FileExistsError: the adapter or its base is missing, ``out`` exists.
         ValueError: ours cannot hold it, which the message says of a field; or the adapter is not of this base.
     """
-    if out is not None:
-        refuse_existing(Path(out), overwrite)
-    opened = open_adapter(adapter, base)
-    if opened.source.kind not in READERS:
-        raise unknown("adapter of PEFT", opened.source.kind, READERS)
-    conversion = READERS[opened.source.kind](opened, tolerance)
-    conversion.tensors |= opened.source.beside()
-    if base is not None:
-        conversion.config["base_model_name_or_path"] = str(base)
-    if out is not None:
-        conversion.save(out, overwrite)
-    return conversion
+    return converted(READERS, "adapter of PEFT", adapter, out, base, tolerance, overwrite)
 
 
 def oft(opened: Opened, tolerance: float) -> Conversion:

@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthoft.convert.conversion import Conversion, LayerReport, Opened, keys, open_adapter, relative
-from orthoft.errors import unknown
+from orthoft.convert.conversion import Conversion, LayerReport, Opened, converted, keys, relative
 from orthoft.linalg import of_map, reflection_rows, skew, within_radius
 from orthoft.merging.peft_readers import psoft_svd
 from orthoft.merging.readers import block_size, psoft_basis, psoft_update
-from orthoft.merging.writer import refuse_existing
 
 
 def to_peft(
@@ -41,19 +39,7 @@ def to_peft(
         FileNotFoundError, FileExistsError: the adapter or its base is missing, ``out`` exists.
         ValueError: PEFT's format cannot hold it, which the message says of a field; or the adapter is not of this base.
     """
-    if out is not None:
-        refuse_existing(Path(out), overwrite)
-    opened = open_adapter(adapter, base)
-    if opened.source.kind not in WRITERS:
-        raise unknown("adapter for PEFT's own formats", opened.source.kind, WRITERS)
-    conversion = WRITERS[opened.source.kind](opened, tolerance)
-    conversion.tensors |= opened.source.beside()
-    conversion.notes += opened.guesses()
-    if base is not None:
-        conversion.config["base_model_name_or_path"] = str(base)
-    if out is not None:
-        conversion.save(out, overwrite)
-    return conversion
+    return converted(WRITERS, "adapter for PEFT's own formats", adapter, out, base, tolerance, overwrite)
 
 
 def oft(opened: Opened, tolerance: float) -> Conversion:
