@@ -3,8 +3,9 @@
 merge("base", ["adapter-a", "adapter-b"], "merged", method="opcm")
 """
 
-from orthoft.merging import peft_readers
-from orthoft.merging.engine import merge, merge_deltas
+from orthoft.merging import boft_reader, lora_reader, peft_readers, tokens, vera_reader
+from orthoft.merging.engine import merge
+from orthoft.merging.in_memory import merge_deltas
 from orthoft.merging.methods import METHODS, method
 from orthoft.merging.outputs import OUTPUTS
 from orthoft.merging.plan import MergePlan, plan
@@ -20,10 +21,14 @@ __all__ = [
     "MergePlan",
     "MergeReport",
     "WeightReport",
+    "boft_reader",
+    "lora_reader",
     "merge",
     "merge_deltas",
     "method",
     "peft_readers",
     "plan",
+    "tokens",
+    "vera_reader",
     "space",
 ]

@@ -1,79 +1,34 @@
-"""The merge: of deltas in memory, or of models from disk to disk, one weight after the other."""
+"""The merge of models from disk to disk, one weight after the other."""
 
 from __future__ import annotations
 
-import hashlib
-import math
-import shutil
+import errno
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from orthoft.delta import Delta, Dense, LowRank
+from orthoft.delta import Delta
 from orthoft.linalg import at_least_float32
-from orthoft.merging.methods import Finish, Method, get_method
+from orthoft.merging.deltas import load_delta, merged_delta, model_scale, save_delta, scaled_entry
+from orthoft.merging.identity import Identity
+from orthoft.merging.journal import Record
 from orthoft.merging.outputs import Options, Output, get_output
-from orthoft.merging.plan import MergePlan, PathLike, Sources, plan, task_weights
-from orthoft.merging.report import MergeReport, WeightReport
-from orthoft.merging.spaces import Space, choose_space
+from orthoft.merging.partial import Partial, partial_folder
+from orthoft.merging.plan import MergePlan, PathLike, Sources, plan
+from orthoft.merging.ranks import Ranks, open_ranks, pick_device
+from orthoft.merging.report import REPORT, MergeReport, WeightReport
 from orthoft.merging.tensors import as_matrix
-from orthoft.merging.writer import new_folder, refuse_existing
+from orthoft.merging.weightwise import Rescale
+from orthoft.merging.wish import Overrides
+from orthoft.merging.writer import Shard, refuse_existing
 
-
-@dataclass(frozen=True)
-class Merged:
-    """The merged delta of one weight, its norm, and the norms of the tasks (before their weights)."""
-
-    delta: Delta
-    norm: float
-    task_norms: list[float]
-
-
-def merge_deltas(
-    deltas: Sequence[Delta],
-    *,
-    method: str,
-    space: str = "auto",
-    weights: Sequence[float] | None = None,
-    base: Tensor | None = None,
-    **params: Any,
-) -> Delta:
-    """Return the merge of several changes of one weight, in float32 or more; factored where the space keeps factors.
-
-    Args:
-        deltas: one per task, in order, all (m, n).
-        method: a name in `orthoft.merging.METHODS`; ``params`` are its parameters.
-        space: "full", "core", or "auto": core where the method provably gives the same there and all deltas have
-            factors, else full.
-        weights: one number per task, 1 each unless given; what they do is the method's definition.
-        base: the (m, n) weight, for spaces that need it.
-
-    Raises:
-        ValueError: an unknown method, parameter or space, deltas of different shapes, or NaN or Inf in one.
-        TypeError: a parameter of another type.
-    """
-    if not deltas:
-        raise ValueError("there is nothing to merge: no deltas were given")
-    chosen = get_method(method)
-    bound, numbers = chosen.bind(params), task_weights(weights, len(deltas))
-    for index, delta in enumerate(deltas):
-        if delta.shape != deltas[0].shape:
-            raise ValueError(f"delta {index} has shape {delta.shape}, delta 0 has {deltas[0].shape}")
-        if not all(torch.isfinite(part).all() for part in delta.factors() or (delta.dense(),)):
-            raise ValueError(f"delta {index} contains NaN or Inf")
-    deltas = [delta.upcast() for delta in deltas]
-    where = choose_space(space, chosen.commutes, all(delta.rank() is not None for delta in deltas))
-    result = _merge_weight(deltas, chosen, bound, numbers, where, base, 0, "")
-    if chosen.finish is None:
-        return result.delta
-    return result.delta.scaled(_scale(chosen.finish, numbers, [(result.norm, result.task_norms)]))
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def merge(
@@ -84,11 +39,20 @@ def merge(
     method: str,
     space: str = "auto",
     weights: Sequence[float] | None = None,
+    isotropise: bool = False,
+    rescale: Rescale = "none",
+    scale: float = 1.0,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    overrides: Overrides | None = None,
+    statistics: Mapping[str, PathLike] | None = None,
     output: str = "checkpoint",
     dtype: str | None = None,
     rank: int | None = None,
     overwrite: bool = False,
+    resume: bool = True,
     seed: int = 0,
+    device: str = "cpu",
     progress: bool = True,
     max_shard_size: int | str = "5GB",
     **params: Any,
@@ -96,48 +60,81 @@ def merge(
     """Merge fine-tuned models on disk into one, one weight at a time, and write it to the folder ``out``.
 
     A source that does not change a weight counts as a zero delta there. What no source changes is copied bit for bit.
-    The sum of base and delta is rounded once. ``out`` appears only when it is complete, with a ``merge_report.json``.
+    The sum of base and delta is rounded once. ``out`` appears only when it is complete, with a ``report.json``.
+
+    What is finished stays in ``.<out>.partial`` beside ``out`` if the merge is interrupted, and the same call goes on
+    from there. Started by ``torchrun`` or ``accelerate launch``, the processes share the files of the output.
 
     Args:
         base: the base model: a folder with ``model.safetensors`` (or shards and an index), or a Hub id.
         sources: folders or Hub ids, or (name, folder) pairs: adapters and fully fine-tuned checkpoints, mixed freely.
-        method, space, weights: as in `merge_deltas`; ``params`` are the method's parameters.
+        method, space, weights: as in `merge_deltas`; ``params`` are the parameters of the method and of the space.
+        isotropise, rescale, scale: see `orthoft.merging.weightwise.Post`.
+        include, exclude, overrides: see `orthoft.merging.wish.Wish`.
+        statistics: by source name, the file of its statistics, for methods that use numbers from data.
         output: "checkpoint", or "lora": an adapter that plain PEFT loads.
         dtype: "float32", "bfloat16" or "float16" for all floating tensors; unless given, the base's for a checkpoint
             and float32 for a LoRA.
         rank: of a LoRA, which is truncated to it; unless given, the exact one.
         overwrite: replace ``out`` if it exists.
+        resume: go on from what an interrupted merge left; if not, that is removed.
         seed: of methods that draw, together with the name of each weight.
+        device: where deltas are merged: "cpu", "cuda" (each process its own), "cuda:1", or "auto".
         max_shard_size: of a checkpoint's files, in bytes or like "5GB".
 
     Raises:
         FileNotFoundError: a folder or an adapter's file is missing.
-        FileExistsError: ``out`` exists.
+        FileExistsError: ``out`` exists, or another process is writing it.
+        OSError: the disk is full.
         ValueError, TypeError: an unknown name, a wrong value, a corrupt file, an adapter of another base, NaN or Inf.
     """
     start, out = time.perf_counter(), Path(out)
-    make = get_output(output)
+    make, target = get_output(output), pick_device(device)
     refuse_existing(out, overwrite)
-    todo = plan(base, sources, method=method, space=space, weights=weights, seed=seed, **params)
+    todo = plan(
+        base,
+        sources,
+        method=method,
+        space=space,
+        weights=weights,
+        isotropise=isotropise,
+        rescale=rescale,
+        scale=scale,
+        include=include,
+        exclude=exclude,
+        overrides=overrides,
+        statistics=statistics,
+        seed=seed,
+        **params,
+    )
     _refuse_own_folders(todo, out)
-    writer = make(todo, Options(str(base), dtype, rank, max_shard_size))
+    options = Options(str(base), dtype, rank, max_shard_size)
+    writer = make(todo, options)
     report = MergeReport(
         base=str(base),
         sources={source.name: source.kind for source in todo.sources},
         output=str(out),
         output_kind=output,
         method=method,
-        params=dict(todo.params),
-        weights=todo.weights.tolist(),
+        params={name: value for bound in todo.wish.bound() for name, value in bound.items()},
+        weights=todo.wish.weights.tolist(),
         dtype=dtype,
         seed=seed,
         notes=list(todo.notes),
-        not_carried={source.name: source.not_carried for source in todo.sources if source.not_carried},
+        not_carried={source: lost for source, lost in todo.not_carried.items() if lost},
     )
-    with new_folder(out, overwrite) as folder:
-        _write(todo, writer, folder, report, progress)
-        report.seconds, report.peak_bytes = time.perf_counter() - start, _peak_bytes()
-        report.save(folder / "merge_report.json")
+    identity = Identity(todo, output, options, target)
+    with open_ranks() as ranks, partial_folder(out, overwrite, resume, ranks) as partial, _told_if_full(writer, out):
+        run = Run(todo, writer, partial, ranks, identity, target)
+        with _bar(run, method, progress and ranks.first) as tick:
+            report.scale, report.merged = run.write(tick)
+
+        def finish() -> None:
+            writer.write(partial.folder, run.delta_of, report)
+            report.seconds, report.peak_bytes = time.perf_counter() - start, _peak_bytes()
+            report.save(partial.folder / REPORT)
+
+        ranks.only_first(finish)
     return report
 
 
@@ -147,110 +144,119 @@ def _refuse_own_folders(todo: MergePlan, out: Path) -> None:
             raise ValueError(f"the output folder {out} holds what is merged ({folder}): choose another")
 
 
-def _write(todo: MergePlan, writer: Output, folder: Path, report: MergeReport, progress: bool) -> None:
-    """Let the output ask for each merged delta; a method with a global scale first merges all into a scratch folder."""
-    from tqdm.auto import tqdm
+class Run:
+    """One merge under way, in this process: what is its part of the work, what is done of it."""
 
-    scratch = folder / ".merged"
-    first = len(todo.merged) if todo.method.finish else 0
-    with tqdm(total=first + len(writer.names), desc=todo.method.name, unit="weight", disable=not progress) as bar:
-        deltas = _Deltas(todo, report, scratch)
-        if todo.method.finish:
-            deltas.merge_all(todo.method.finish, bar.update)
+    def __init__(
+        self,
+        todo: MergePlan,
+        output: Output,
+        partial: Partial,
+        ranks: Ranks,
+        identity: Identity,
+        device: torch.device,
+    ) -> None:
+        self._plan, self._output, self._partial, self._ranks = todo, output, partial, ranks
+        self._identity, self._device = identity, device
+        self._finish = next(iter(todo.merged.values())).choice.finish if todo.merged else None
+        # Deltas wait on disk until the scale of the whole model is known, or for an output that is written at once.
+        self._waiting = list(todo.merged) if self._finish else [] if output.shards else output.names
+        self._files = {name: partial.scratch / f"{self._key(name)}.safetensors" for name in self._waiting}
+        self._scale = 1.0
 
-        def delta_of(name: str) -> Delta:
-            bar.update()
-            return deltas(name)
+    @property
+    def steps(self) -> int:
+        """How many weights this process goes through, those that wait on disk twice."""
+        own = [name for shard in self._ranks.share(self._output.shards) for name, *_ in shard.tensors]
+        return len(self._ranks.share(self._waiting)) + sum(1 for name in own if name in self._plan.merged)
 
-        writer.write(folder, delta_of, report)
-    shutil.rmtree(scratch, ignore_errors=True)
+    def write(self, tick: Callable[[int], object]) -> tuple[float, list[WeightReport]]:
+        """Write the deltas that wait and the shards; return the scale of the model and the reports of all weights."""
+        kept = {str(file.relative_to(self._partial.folder)) for file in self._files.values()}
+        self._ranks.only_first(lambda: self._partial.clean(kept | {shard.file for shard in self._output.shards}))
+        entries = self._all(lambda: [self._keep(name, tick) for name in self._ranks.share(self._waiting)])
+        if self._finish is not None:
+            self._scale = model_scale(self._finish, self._plan, entries)
+            scales = {name: self._scale * self._plan.merged[name].choice.post.scale for name in entries}
+            entries = {name: scaled_entry(entry, scales[name]) for name, entry in entries.items()}
+        entries |= self._all(
+            lambda: [entry for s in self._ranks.share(self._output.shards) for entry in self._write_shard(s, tick)]
+        )
+        return self._scale, [entries[name] for name in self._plan.merged if name in entries]
 
+    def delta_of(self, name: str) -> Delta:
+        """Return a merged delta that waits on disk, with all its scales."""
+        delta = load_delta(self._files[name], self._plan.base, name)
+        if self._finish is None:
+            return delta
+        return delta.scaled(self._scale * self._plan.merged[name].choice.post.scale)
 
-class _Deltas:
-    """The merged deltas of a plan by name: computed when asked for, or read back and scaled after `merge_all`."""
+    def _all(self, work: Callable[[], list[WeightReport]]) -> dict[str, WeightReport]:
+        return {entry.name: entry for part in self._ranks.each(work) for entry in part}
 
-    def __init__(self, todo: MergePlan, report: MergeReport, scratch: Path) -> None:
-        self._plan, self._report, self._scratch = todo, report, scratch
-        self._files: dict[str, Path] = {}
+    def _key(self, name: str) -> str:
+        return self._identity.weight(name, scaled=self._finish is None)
 
-    def __call__(self, name: str) -> Delta:
-        if name not in self._files:
-            return self._compute(name).delta
-        return _load(self._files[name]).scaled(self._report.scale)
+    def _keep(self, name: str, tick: Callable[[int], object]) -> WeightReport:
+        """Put a merged delta on disk, unless it is there."""
+        record = self._partial.journal.find(self._key(name))
+        if record is None:
+            weight = as_matrix(at_least_float32(self._plan.base[name]))
+            delta, entry = self._merge(name, weight)
+            delta = self._output.keep(delta, entry) if name in self._output.names else delta
+            file = self._files[name]
+            digest = save_delta(delta, file)
+            record = Record(self._key(name), str(file.relative_to(self._partial.folder)), digest, [entry])
+            self._partial.journal.add(record)
+        tick(1)
+        return record.merged[0]
 
-    def merge_all(self, finish: Finish, tick: Callable[[], Any]) -> None:
-        """Merge every weight, keep the deltas on disk, and find the scale of the whole model from their norms."""
-        self._scratch.mkdir()
-        results: list[tuple[float, list[float]]] = []
-        for index, name in enumerate(self._plan.merged):
-            merged = self._compute(name)
-            self._files[name] = self._scratch / f"{index}.safetensors"
-            _save(merged.delta, self._files[name])
-            results.append((merged.norm, merged.task_norms))
-            tick()
-        self._report.scale = _scale(finish, self._plan.weights, results)
-        for entry in self._report.merged:
-            entry.norm *= abs(self._report.scale)
+    def _write_shard(self, shard: Shard, tick: Callable[[int], object]) -> list[WeightReport]:
+        """Write a shard, unless it is there."""
+        key = self._identity.shard(shard, self._scale)
+        record = self._partial.journal.find(key)
+        if record is not None:
+            tick(sum(1 for name, *_ in shard.tensors if name in self._plan.merged))
+            return record.merged
+        merged: list[WeightReport] = []
 
-    def _compute(self, name: str) -> Merged:
-        todo = self._plan
-        item = todo.merged[name]
-        weight = as_matrix(at_least_float32(todo.base[name]))
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"base: tensor {name!r} of {todo.base.folder} contains NaN or Inf")
-        deltas = [source.delta(name, weight) if name in source.ranks else _zero(weight) for source in todo.sources]
-        merged = _merge_weight(deltas, todo.method, todo.params, todo.weights, item.space, weight, todo.seed, name)
-        norms = dict(zip((source.name for source in todo.sources), merged.task_norms, strict=True))
-        norms = {source: norm for source, norm in norms.items() if source in item.sources}
-        entry = WeightReport(name, item.shape, item.space.name, merged.delta.rank(), norms, merged.norm)
-        self._report.merged.append(entry)
+        def delta_on(name: str, weight: Tensor) -> Delta:
+            tick(1)
+            if name in self._files:
+                return self.delta_of(name)
+            delta, entry = self._merge(name, weight)
+            merged.append(entry)
+            return delta
+
+        digest = self._output.write_shard(shard, self._partial.folder / shard.file, delta_on)
+        self._partial.journal.add(Record(key, shard.file, digest, merged))
         return merged
 
-
-def _merge_weight(
-    deltas: Sequence[Delta],
-    method: Method,
-    params: Mapping[str, Any],
-    weights: Tensor,
-    space: Space,
-    base: Tensor | None,
-    seed: int,
-    name: str,
-) -> Merged:
-    """Encode, merge, decode. Norms are taken in the coordinates, which keep them."""
-    x, decode = space.encode(deltas, base)  # (T, p, q)
-    extra = {"generator": _generator(seed, name, x.device)} if method.draws else {}
-    merged = method.merge(x, weights, **params, **extra)  # (p, q)
-    norms: list[float] = torch.linalg.vector_norm(x, dim=(1, 2)).tolist()
-    return Merged(decode(merged), float(torch.linalg.vector_norm(merged)), norms)
+    def _merge(self, name: str, weight: Tensor) -> tuple[Delta, WeightReport]:
+        scale = self._plan.merged[name].choice.post.scale if self._finish is None else 1.0
+        return merged_delta(self._plan, name, weight, scale, self._device)
 
 
-def _scale(finish: Finish, weights: Tensor, results: Sequence[tuple[float, list[float]]]) -> float:
-    """Return the method's scale of the whole model, from (norm, task norms) of each weight."""
-    merged = math.hypot(*(norm for norm, _ in results))
-    per_task = zip(*(norms for _, norms in results), strict=True)  # the norms of one task, over the weights
-    tasks = [abs(w) * math.hypot(*norms) for w, norms in zip(weights.tolist(), per_task, strict=True)]
-    return finish(merged, tasks)
+@contextmanager
+def _bar(run: Run, name: str, shown: bool) -> Iterator[Callable[[int], object]]:
+    from tqdm.auto import tqdm
+
+    with tqdm(total=run.steps, desc=name, unit="weight", disable=not shown) as bar:
+        yield bar.update
 
 
-def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-
-
-def _zero(weight: Tensor) -> LowRank:
-    return LowRank(weight.new_zeros(weight.shape[0], 0), weight.new_zeros(0, weight.shape[1]))
-
-
-def _save(delta: Delta, file: Path) -> None:
-    factors = delta.factors()
-    parts = {"dense": delta.dense()} if factors is None else {"B": factors[0], "A": factors[1]}
-    save_file({name: tensor.contiguous() for name, tensor in parts.items()}, file)
-
-
-def _load(file: Path) -> Delta:
-    parts = load_file(file)
-    return Dense(parts["dense"]) if "dense" in parts else LowRank(parts["B"], parts["A"])
+@contextmanager
+def _told_if_full(output: Output, out: Path) -> Iterator[None]:
+    """Turn the error of a full disk into one line that says how much is needed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(
+            f"the disk of {out} is full: the merge takes about {output.nbytes() / 1e9:.3g} GB there in all; make room "
+            "and give the same command again, it goes on where it stopped"
+        ) from error
 
 
 def _peak_bytes() -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 
-from orthoft.merging.tensors import TensorFolder
+from orthoft.merging.tensors import TensorFolder, read_json
+
+EMBEDDING = re.compile(r"(.*[._])?(embeddings?|embed_\w+|wte|wpe|shared)")
+HEAD = re.compile(r"lm_head|embed_out|output_projection|decoder|predictions")  # the last: BERT's bias
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,37 @@ def match_prefix(names: Collection[str], base: Collection[str], fits: Callable[[
         first, second = (next(target for n in names if (target := w.to_base(n)) in known) for w in winners[:2])
         raise ValueError(f"its names are ambiguous in this base: {next(iter(names))!r} may be {first!r} or {second!r}")
     return winners[0]
+
+
+def added_rows(name: str, shape: tuple[int, ...], base: TensorFolder) -> str:
+    """Return what to say of the rows that a tensor of this shape adds to the base's embedding or output head.
+
+    Nothing if the tensor is neither, or differs in more than its number of rows.
+    """
+    rows, *rest = base.shape(name) or (0,)
+    last = name.split(".")[-2] if "." in name else ""
+    vocabulary = EMBEDDING.fullmatch(last) or HEAD.fullmatch(last)
+    if not vocabulary or len(shape) != 1 + len(rest) or list(shape[1:]) != rest or shape[0] <= rows:
+        return ""
+    return f"rows {rows} to {shape[0] - 1} (the base has {rows} rows)"
+
+
+def tied_embedding(
+    head: str, embeddings: Mapping[str, tuple[int, ...]], fits: Callable[[tuple[int, ...]], bool]
+) -> str | None:
+    """Return the embedding, of a shape that fits, that an output head is tied to in a model that lacks the head."""
+    if not head.endswith(".weight") or not HEAD.fullmatch(head.split(".")[-2]):
+        return None
+    named = (name for name in embeddings if name.endswith(".weight") and EMBEDDING.fullmatch(name.split(".")[-2]))
+    return next((name for name in named if fits(embeddings[name])), None)
+
+
+def ties_embedding(base: TensorFolder, name: str) -> bool:
+    """Say whether a weight is an embedding, and the base's configuration ties its embedding to an output head."""
+    config = base.folder / "config.json"
+    if not name.endswith(".weight") or not EMBEDDING.fullmatch(name.split(".")[-2]) or not config.is_file():
+        return False
+    return bool(read_json(config).get("tie_word_embeddings"))
 
 
 def inputs_first(base: TensorFolder, name: str) -> bool:

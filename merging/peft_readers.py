@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from orthoft.delta import Delta, LowRank, Rotated
-from orthoft.linalg import cayley_update, householder_factors, orthonormal_rows, skew, within_radius
-from orthoft.merging.readers import Config, Extent, Shapes, Tensors, block_size, reader
+from orthoft.delta import Delta, LowRank, Rotated, SubspaceRotated
+from orthoft.linalg import cayley_update, orthonormal_rows, skew, within_radius
+from orthoft.merging.fields import COUNT, FLAG, NUMBER, SEED, TERMS, choice, count, needed
+from orthoft.merging.formats import Config, Extent, Shapes, Tensors, block_size, expect_shape, reader
+from orthoft.merging.readers import reflected
 
 
 def neumann_degree(terms: int) -> int:
@@ -91,7 +93,17 @@ def _oft_extent(config: Config, shapes: Shapes) -> Extent:
     return Extent(None, None if config.get("block_share") else blocks * block_size(entries), None)
 
 
-@reader("OFT", prefix="oft_", extent=_oft_extent, refusals=_oft_refusals)
+OFT = {
+    "coft": FLAG,
+    "eps": NUMBER,
+    "block_share": FLAG,
+    "use_cayley_neumann": FLAG,
+    "num_cayley_neumann_terms": count(1000, least=0),
+    "fan_in_fan_out": FLAG,
+}
+
+
+@reader("OFT", prefix="oft_", extent=_oft_extent, refusals=_oft_refusals, fields=OFT)
 def oft(config: Config, module: str, tensors: Tensors, weight: Tensor) -> Delta:
     """``W' = W R^T`` of a linear layer or a flattened convolution, ``W' = W R`` of an embedding. arXiv 2506.19847."""
     [(name, entries)] = tensors.items()
@@ -101,24 +113,46 @@ def oft(config: Config, module: str, tensors: Tensors, weight: Tensor) -> Delta:
 
 def _hra_extent(config: Config, shapes: Shapes) -> Extent:
     inputs, rank = shapes["hra_u"]
-    return Extent(None, inputs, rank)
+    return Extent(None, inputs, min(inputs, rank))
 
 
-@reader("HRA", prefix="hra_", extent=_hra_extent)
+@reader("HRA", prefix="hra_", extent=_hra_extent, fields={"apply_GS": FLAG}, names=frozenset(["hra_u"]))
 def hra(config: Config, module: str, tensors: Tensors, weight: Tensor) -> Delta:
     """``W' = W H_1 ... H_r``, or ``W (I - 2 U U^T)`` with Gram-Schmidt, which is the same of orthonormal columns."""
     rows = tensors["hra_u"].mT
-    U, M = householder_factors(orthonormal_rows(rows) if config.get("apply_GS") else rows)
-    return LowRank(-(weight @ U.mT), M)
+    return reflected(weight, orthonormal_rows(rows) if config.get("apply_GS") else rows)
 
 
 def _psoft_extent(config: Config, shapes: Shapes) -> Extent:
+    for scales in ("vector_a", "vector_b"):
+        expect_shape(shapes, f"psoft_R.{scales}", config["r"])
     return Extent(None, None, config["r"])
 
 
-@reader("PSOFT", prefix="psoft_", extent=_psoft_extent)
+PSOFT = {
+    "r": needed(COUNT),
+    "psoft_orth": FLAG,
+    "use_cayley_neumann": FLAG,
+    "num_cayley_neumann_terms": count(1000, least=0),
+    "cayley_neumann_eps": NUMBER,
+    "psoft_svd": choice("full", "lowrank"),
+    "psoft_svd_lowrank_niter": TERMS,
+    "random_seed": SEED,
+    "ab_svd_init": choice("psoft_init", "pissa_init"),
+}
+PSOFT_NAMES = frozenset(["psoft_R.weight", "psoft_R.vector_a", "psoft_R.vector_b"])
+
+
+@reader("PSOFT", prefix="psoft_", extent=_psoft_extent, fields=PSOFT, names=PSOFT_NAMES)
 def psoft(config: Config, module: str, tensors: Tensors, weight: Tensor) -> Delta:
     """``W' = W + U S (C - I) V^T``, or with ``sqrt(S)`` on either side (pissa_init). arXiv 2505.11235."""
+    r, entries = config["r"], tensors["psoft_R.weight"]
+    expected = (r * (r - 1) // 2,) if config.get("psoft_orth", True) else (r, r)
+    if tuple(entries.shape) != expected or r > min(weight.shape):
+        raise ValueError(f"module {module!r} has rank {r} by its configuration, and entries {tuple(entries.shape)}")
     U, s, Vh = psoft_svd(config, weight)
-    left, right = (s**0.5, s**0.5) if config.get("ab_svd_init") == "pissa_init" else (s, torch.ones_like(s))
+    symmetric = config.get("ab_svd_init") == "pissa_init"
+    if not symmetric and len(tensors) == 1 and config.get("psoft_orth", True) and config.get("psoft_svd") != "lowrank":
+        return SubspaceRotated(weight, Vh, psoft_update(config, tensors))
+    left, right = (s**0.5, s**0.5) if symmetric else (s, torch.ones_like(s))
     return LowRank(U * left @ psoft_update(config, tensors).to(s.dtype), right[:, None] * Vh)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from orthoft.merging.delta_source import continued
 from orthoft.merging.hub import find_folder
-from orthoft.merging.methods import Method, get_method
 from orthoft.merging.source import Source, open_source
-from orthoft.merging.spaces import Space, choose_space
+from orthoft.merging.spaces import Space
+from orthoft.merging.statistics import STATISTICS_OF, Statistics, statistics_of_tasks
 from orthoft.merging.tensors import TensorFolder, matrix_shape
+from orthoft.merging.weightwise import Choice
+from orthoft.merging.wish import Wish, check_patterns, wish_for
 
 PathLike = str | Path
 Sources = Sequence[PathLike | tuple[str, PathLike]]
@@ -22,13 +22,18 @@ Sources = Sequence[PathLike | tuple[str, PathLike]]
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """Where one weight of the base will be merged: the sources that change it, the space, the rank of the result."""
+    """How one weight of the base will be merged: the sources that change it, the choice, the rank of the result."""
 
     name: str
     shape: tuple[int, ...]
     sources: tuple[str, ...]
-    space: Space
+    choice: Choice
     rank: int | None  # None if the result will be dense
+
+    @property
+    def space(self) -> Space:
+        """The space it is merged in."""
+        return self.choice.space
 
 
 @dataclass(frozen=True)
@@ -37,59 +42,56 @@ class MergePlan:
 
     base: TensorFolder
     sources: tuple[Source, ...]
-    method: Method
-    params: Mapping[str, Any]
-    weights: Tensor
+    wish: Wish
     seed: int
     merged: Mapping[str, WeightPlan]
+    statistics: Mapping[str, Statistics]
     notes: tuple[str, ...]
+    not_carried: Mapping[str, list[str]]  # by source
+    earlier_norms: tuple[float, ...]  # of the tasks in a sum that is gone on from
 
 
 def plan(
     base: PathLike,
     sources: Sources,
     *,
-    method: str,
-    space: str = "auto",
-    weights: Sequence[float] | None = None,
+    statistics: Mapping[str, PathLike] | None = None,
     seed: int = 0,
-    **params: Any,
+    **words: Any,
 ) -> MergePlan:
-    """Return what `orthoft.merging.merge` will do with the same arguments, from the headers of the files alone.
+    """Return what `orthoft.merging.merge` will do with the same arguments.
 
-    A chosen space holds for the weights of which a source has factors; those that all sources hold densely (biases,
-    say) merge in the full space, which ``notes`` tell.
+    Headers of the files alone are read. ``words`` are those of `orthoft.merging.wish.wish_for`. Weights that the space
+    cannot encode (biases, say, that all sources hold densely) merge in the full space, which ``notes`` tell.
 
     Raises:
         FileNotFoundError: a folder or an adapter's file is missing.
         ValueError, TypeError: an unknown name, a wrong value, a corrupt file, an adapter of another base.
     """
-    chosen = get_method(method)
-    bound, named = chosen.bind(params), _named(sources)
-    numbers = task_weights(weights, len(named))
-    choose_space(space, chosen.commutes, factored=True)  # an unknown name is told before any file is opened
+    named = _named(sources)
+    wish = wish_for(len(named), **words)
     tensors = TensorFolder(find_folder(base, "base"))
     opened = tuple(open_source(name, find_folder(path, f"source {name!r}"), tensors) for name, path in named)
-    merged: dict[str, WeightPlan] = {}
-    for name in tensors:
-        touching = [source for source in opened if name in source.ranks]
-        if touching:
-            merged[name] = _plan_weight(name, tensors.shape(name), touching, space, chosen)
-    if space != "auto" and all(item.space.name != space for item in merged.values()):
-        choose_space(space, chosen.commutes, factored=False)
-    return MergePlan(tensors, opened, chosen, bound, numbers, seed, merged, tuple(_notes(tensors, opened, merged)))
-
-
-def task_weights(weights: Sequence[float] | None, tasks: int) -> Tensor:
-    """Return the tasks' weights as float64 (T,), ones by default; a ValueError if they do not fit."""
-    if weights is None:
-        return torch.ones(tasks, dtype=torch.float64)
-    numbers = torch.tensor([float(weight) for weight in weights], dtype=torch.float64)
-    if len(numbers) != tasks:
-        raise ValueError(f"{len(numbers)} weights were given for {tasks} sources: give one each")
-    if not torch.isfinite(numbers).all():
-        raise ValueError(f"weights must be finite numbers, got {list(weights)}")
-    return numbers
+    earlier, more = continued(wish.method.name, wish.bound()[0], wish.weights, opened)
+    touched = [name for name in tensors if any(name in source.ranks for source in opened)]
+    check_patterns((*wish.include, *wish.exclude, *wish.overrides), touched)
+    merged = {name: _plan_weight(name, tensors.shape(name), opened, wish) for name in touched if wish.selects(name)}
+    if touched and not merged:
+        raise ValueError("include and exclude leave no weight to merge")
+    if wish.space != "auto" and all(item.space.name != wish.space for item in merged.values()):
+        wish.refuse_space()
+    numbers = statistics_of_tasks(wish.method.name, statistics or {}, [source.name for source in opened], tensors)
+    return MergePlan(
+        tensors,
+        opened,
+        wish,
+        seed,
+        merged,
+        numbers,
+        (*more, *_notes(tensors, opened, merged), *_notes_on_statistics(wish.method.name, numbers, merged)),
+        {source.name: source.not_carried + _left_out(source, merged) for source in opened},
+        earlier,
+    )
 
 
 def _named(sources: Sources) -> list[tuple[str, PathLike]]:
@@ -105,17 +107,22 @@ def _named(sources: Sources) -> list[tuple[str, PathLike]]:
     return named
 
 
-def _plan_weight(name: str, shape: tuple[int, ...], sources: list[Source], space: str, method: Method) -> WeightPlan:
-    ranks = [source.ranks[name] for source in sources]
-    known = [rank for rank in ranks if rank is not None]
-    wanted = space if known else "auto"  # a bias, a norm, a saved head: no source has factors of it, and it is noted
+def _plan_weight(name: str, shape: tuple[int, ...], sources: Sequence[Source], wish: Wish) -> WeightPlan:
+    touching = [source for source in sources if name in source.ranks]
+    ranks = [source.ranks[name] for source in touching]
     try:
-        where = choose_space(wanted, method.commutes, factored=len(known) == len(ranks))
+        choice = wish.of(name, [source.name for source in sources]).choice(ranks, vector=min(matrix_shape(shape)) == 1)
     except ValueError as error:
-        dense = [source.name for source in sources if source.ranks[name] is None]
+        dense = [source.name for source in touching if source.ranks[name] is None]
         raise ValueError(f"weight {name!r}: {error} (dense here: {', '.join(dense)})") from error
-    rank = min(*matrix_shape(shape), sum(known)) if where.needs_factors else None
-    return WeightPlan(name, shape, tuple(source.name for source in sources), where, rank)
+    known = [rank for rank in ranks if rank is not None]
+    factored = choice.space.keeps_factors and len(known) == len(ranks)
+    rank = min(*matrix_shape(shape), sum(known)) if factored else None
+    return WeightPlan(name, shape, tuple(source.name for source in touching), choice, rank)
+
+
+def _left_out(source: Source, merged: Mapping[str, WeightPlan]) -> list[str]:
+    return [f"{name}: left out by a filter" for name in source.ranks if name not in merged]
 
 
 def _notes(base: TensorFolder, sources: Sequence[Source], merged: Mapping[str, WeightPlan]) -> list[str]:
@@ -139,3 +146,19 @@ def _notes(base: TensorFolder, sources: Sequence[Source], merged: Mapping[str, W
         lacking = [name for name in base if name not in source.ranks] if source.kind == "checkpoint" else []
         notes += [f"{source.name} lacks {len(lacking)} tensors of the base, e.g. {lacking[0]!r}"] if lacking else []
     return notes
+
+
+def _notes_on_statistics(
+    method: str, numbers: Mapping[str, Statistics], merged: Mapping[str, WeightPlan]
+) -> Iterator[str]:
+    if method not in STATISTICS_OF:
+        return
+    if not numbers:
+        yield f"{method} without statistics is the mean: give the {STATISTICS_OF[method]} statistics of each source"
+        return
+    lacking = [name for name in merged if any(name not in one.weights for one in numbers.values())]
+    if lacking:
+        yield f"{len(lacking)} of {len(merged)} weights merge by the mean, without statistics, e.g. {lacking[0]!r}"
+    for source, one in numbers.items():
+        if one.not_used:
+            yield f"{source}: {len(one.not_used)} statistics belong to no weight of the base, e.g. {one.not_used[0]!r}"

@@ -1,55 +1,26 @@
-"""One fine-tuned model on disk, adapter or checkpoint, as deltas of the base's weights."""
+"""An adapter on disk as deltas of the base's weights, and the opening of any source."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from orthoft.delta import Delta, Dense
 from orthoft.linalg import at_least_float32
-from orthoft.merging.names import inputs_first, match_prefix
-from orthoft.merging.readers import Extent, get_reader
-from orthoft.merging.tensors import TensorFolder, as_matrix, matrix_shape, read_json
+from orthoft.merging.adapter_file import AdapterFile
+from orthoft.merging.checkpoint import MERGEABLE, CheckpointSource, Source, untied
+from orthoft.merging.delta_source import CONFIG, DeltaSource
+from orthoft.merging.formats import Extent
+from orthoft.merging.names import added_rows, inputs_first, match_prefix, tied_embedding, ties_embedding
+from orthoft.merging.rows import Replaced, replaced_rows
+from orthoft.merging.tensors import TensorFolder, as_matrix, matrix_shape, same_tensor
+from orthoft.merging.tokens import token_indices
 
-MERGEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # not the codes of quantised weights
-
-
-class Source(ABC):
-    """One fine-tuned model on disk.
-
-    ``kind`` is its format, ``ranks`` maps the names of the base's weights it changes to the rank of its factors there
-    (None without factors), ``not_carried`` lists what it holds that the base has no place for. ``inputs_first`` says of
-    adapted weights whether the base stores them transposed.
-    """
-
-    kind: str
-    config: Mapping[str, Any]
-    inputs_first: Mapping[str, bool]
-    ranks: Mapping[str, int | None]
-    not_carried: list[str]
-
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.folder = name, folder
-        self.config, self.inputs_first = {}, {}
-
-    @abstractmethod
-    def delta(self, name: str, weight: Tensor) -> Delta:
-        """Return the change of one of the base's weights, given as an (m, n) matrix in float32 or more.
-
-        Only the tensors of this weight are read.
-
-        Raises:
-            ValueError: a tensor holds NaN or Inf.
-        """
-
-    def module(self, name: str) -> str:
-        """Return the name that this source's model class has for the module of a base's weight."""
-        return name.removesuffix(".weight")
+__all__ = ["MERGEABLE", "AdapterSource", "CheckpointSource", "Source", "open_source"]
 
 
 def open_source(name: str, folder: Path, base: TensorFolder) -> Source:
@@ -62,6 +33,8 @@ def open_source(name: str, folder: Path, base: TensorFolder) -> Source:
     try:
         if (folder / "adapter_config.json").is_file():
             return AdapterSource(name, folder, base)
+        if (folder / CONFIG).is_file():
+            return DeltaSource(name, folder, base)
         if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
             return CheckpointSource(name, folder, base)
     except (ValueError, FileNotFoundError) as error:
@@ -72,196 +45,226 @@ def open_source(name: str, folder: Path, base: TensorFolder) -> Source:
     )
 
 
-class CheckpointSource(Source):
-    """A fully fine-tuned model: every floating tensor that the base has too is a dense delta."""
-
-    kind = "checkpoint"
-
-    def __init__(self, name: str, folder: Path, base: TensorFolder) -> None:
-        super().__init__(name, folder)
-        tensors = self._tensors = TensorFolder(folder)
-        prefix = match_prefix(list(tensors), base, lambda own, theirs: tensors.shape(own) == base.shape(theirs))
-        named = ((prefix.to_base(own), own) for own in tensors)
-        self._own = {theirs: own for theirs, own in named if theirs is not None and theirs in base}
-        if not self._own:
-            first = next(iter(tensors), None)
-            raise ValueError(f"fine-tuned from another base: none of its tensors, e.g. {first!r}, is in {base.folder}")
-        for theirs, own in self._own.items():
-            if tensors.shape(own) != base.shape(theirs):
-                raise ValueError(
-                    f"fine-tuned from another base: {own!r} has shape {tensors.shape(own)}, "
-                    f"the base's {theirs!r} has {base.shape(theirs)}"
-                )
-        self.ranks = {theirs: None for theirs in self._own if base.dtype(theirs) in MERGEABLE}
-        self.not_carried = self._left_out(base)
-
-    def _left_out(self, base: TensorFolder) -> list[str]:
-        found = set(self._own.values())
-        left = [f"{own}: the base has no such tensor" for own in self._tensors if own not in found]
-        for theirs, own in self._own.items():
-            if theirs not in self.ranks and not _same_bytes(self._tensors[own], base[theirs]):
-                left.append(f"{own}: the base stores it as {base.dtype(theirs)}, which is not merged")
-        return left
-
-    def delta(self, name: str, weight: Tensor) -> Delta:
-        own = self._own[name]
-        return _replacement(_finite(self._tensors[own], f"source {self.name!r}: tensor {own!r}"), weight)
-
-
 class AdapterSource(Source):
     """An adapter in PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-    Tensors beside the adapter's own (``modules_to_save``, biases, embeddings) replace the base's tensors: their deltas
-    are dense.
+    Rules: tensors beside the adapter's own (``modules_to_save``, biases, embeddings) replace the base's, read row by
+    row; rows that they add are not carried. Rows of trained tokens replace rows. The adapter acts on what results. A
+    bias of the adapter needs one in the base. An output head that the base ties to its embedding may only change with
+    it.
     """
 
     def __init__(self, name: str, folder: Path, base: TensorFolder) -> None:
         super().__init__(name, folder)
-        self.config = read_json(folder / "adapter_config.json")
-        self._reader = get_reader(self.config)
-        self._tensors = TensorFolder(folder, "adapter_model")
-        self.kind = self._reader.peft_type
-        self._keys, self._beside = self._split()
-        saved = self._beside
-        if not self._keys and not saved:
-            raise ValueError(f"{folder / 'adapter_model.safetensors'} holds no tensors")
-        extents = {f"{module}.weight": self._extent(module) for module in self._keys}
+        file = self._file = AdapterFile(folder, f"source {name!r}")
+        self.config, self.kind, saved = file.config, file.reader.peft_type, file.beside
+        extents = {f"{module}.weight": file.extent(module) for module in file.keys}
 
         def fits(own: str, theirs: str) -> bool:
             if own in extents:
-                return _fits(extents[own], base, theirs)
-            return self._tensors.shape(saved[own]) == base.shape(theirs)
+                return extents[own].fits(base.shape(theirs))
+            return own not in saved or file.tensors.shape(saved[own]) == base.shape(theirs)
 
-        self._prefix = match_prefix(list(extents) or list(saved), base, fits)
+        self._prefix = match_prefix(list(extents) or [*saved, *file.tokens], base, fits)
+        self._drop_tied(extents, base)
         checked = {self._check(own, extent, base): extent for own, extent in extents.items()}
         self.inputs_first = {theirs: self._inputs_first(theirs, extent, base) for theirs, extent in checked.items()}
-        self._saved, self.not_carried = self._place(saved, base)
+        shapes = {name: matrix_shape(base.shape(name)) for name in self.inputs_first}
+        self._sizes = [(n, m) if self.inputs_first[name] else (m, n) for name, (m, n) in shapes.items()]
+        self._saved = self._place(saved, base)
+        self._tokens = {self._require(own, base, _any_shape): key for own, key in file.tokens.items()}
+        self._biases = self._find_biases(base)
+        self._steps: tuple[tuple[Collection[str], Callable[[str, Tensor], Delta]], ...] = (
+            (self._saved, self._replacement),
+            (self._tokens, self._new_rows),
+            (self.inputs_first, self.adapted),
+            (self._biases, self._shift),
+        )
         self.adapter_ranks = {theirs: extent.rank for theirs, extent in checked.items()}
-        self.ranks = self.adapter_ranks | dict.fromkeys(self._saved)
+        self.ranks = self._ranks()
+        self.notes += [
+            f"{theirs}: where the base ties it to an output head, both change"
+            for theirs in self.ranks
+            if ties_embedding(base, theirs)
+        ]
 
     def delta(self, name: str, weight: Tensor) -> Delta:
-        saved = self._saved.get(name)
-        if saved is not None:
-            replaced = _replacement(self._read(saved), weight)
-            if name not in self.inputs_first:
-                return replaced
-            return Dense(replaced.dense() + self.adapted(name, weight + replaced.dense()).dense())
-        return self.adapted(name, weight)
+        steps = [change for names, change in self._steps if name in names]
+        if len(steps) == 1:
+            return steps[0](name, weight)
+        total = torch.zeros_like(weight)
+        for change in steps:
+            total = total + change(name, weight + total).dense()
+        return Dense(total)
 
     def module(self, name: str) -> str:
         return self._prefix.to_source(name).removesuffix(".weight")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return the adapter's tensors of one adapted weight, named by what stands behind the module's name."""
-        return {suffix: self._read(key) for suffix, key in self._keys[self.module(name)].items()}
+        return self._file.read_module(self.module(name))
 
     def suffixes(self, name: str) -> list[str]:
         """Return the names of those tensors, without reading them."""
-        return list(self._keys[self.module(name)])
+        return list(self._file.keys[self.module(name)])
 
     def beside(self) -> dict[str, Tensor]:
-        """Return what is saved beside the adapter's own tensors (whole modules, biases), as named in its file."""
-        return {key: self._tensors[key] for key in self._beside.values()}
+        """Return what is saved beside the adapter's own tensors (whole modules, biases), as named in its file.
+
+        Raises:
+            ValueError: it changes biases or rows of tokens as well, which have no place there.
+        """
+        for name in (*self._biases, *self._tokens):
+            raise ValueError(
+                f"source {self.name!r} also changes {name!r} (lora_bias, trained tokens): merge it instead"
+            )
+        return {key: self._file.tensors[key] for key in self._file.beside.values()}
 
     def weight(self, name: str, base: TensorFolder) -> Tensor:
         """Return an adapted weight as the (m, n) matrix before the adapter: the one saved with it, or the base's."""
-        saved = self._saved.get(name)
-        rows = as_matrix(at_least_float32(base[name] if saved is None else self._read(saved)))
+        rows = as_matrix(at_least_float32(base[name]))
+        if name in self._saved:
+            rows = rows + self._replacement(name, rows).dense()
         return rows.mT if self.inputs_first[name] else rows
 
     def adapted(self, name: str, weight: Tensor) -> Delta:
         """Return what the adapter's own tensors change of the weight, given as it is stored (as a matrix)."""
-        module, tensors = self.module(name), self.tensors(name)
-        flipped = self.inputs_first[name]
+        module, flipped = self.module(name), self.inputs_first[name]
+        tensors = self.tensors(name)
         try:
-            delta = self._reader.read(self.config, module, tensors, weight.mT if flipped else weight)
+            delta = self._file.reader.read(
+                self._file.settings, module, tensors | self._shared, weight.mT if flipped else weight
+            )
         except (ValueError, KeyError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"source {self.name!r}: {reason}") from error
         return delta.transposed() if flipped else delta
 
-    def _read(self, key: str) -> Tensor:
-        return _finite(self._tensors[key], f"source {self.name!r}: tensor {key!r}")
+    def _replacement(self, name: str, weight: Tensor) -> Delta:
+        key = self._saved[name]
+        return Replaced(self._file.tensors, key, weight, f"source {self.name!r}: tensor {key!r}")
 
-    def _split(self) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-        """Return {module: {suffix: key}} of the adapter's own tensors, and {tensor: key} of those saved beside them."""
-        own: dict[str, dict[str, str]] = {}
-        saved: dict[str, str] = {}
-        for key in self._tensors:
-            name = key.removeprefix("base_model.model.")
-            module, found, rest = name.partition(f".{self._reader.prefix}")
-            if found:
-                own.setdefault(module, {})[self._reader.prefix + rest] = key
-            elif ".original_module." not in name and ".modules_to_save." not in name:  # doubles, with bias="all"
-                saved[name.replace(".base_layer.", ".")] = key
-        return own, saved
-
-    def _extent(self, module: str) -> Extent:
-        shapes = {suffix: self._tensors.shape(key) for suffix, key in self._keys[module].items()}
+    def _new_rows(self, name: str, weight: Tensor) -> Delta:
+        rows = self._file.read(self._tokens[name])
         try:
-            return self._reader.extent(self.config, shapes)
-        except (KeyError, ValueError) as error:
-            raise ValueError(
-                f"module {module!r} has no {self.kind} adapter, only {', '.join(map(str, shapes.items()))}"
-            ) from error
+            return replaced_rows(token_indices(self.config, self.module(name)), rows, weight)
+        except ValueError as error:
+            raise ValueError(f"source {self.name!r}: {name!r}: {error}") from error
+
+    def _shift(self, name: str, weight: Tensor) -> Delta:
+        assert self._file.reader.read_bias is not None
+        module = self._biases[name]
+        tensors = self._file.read_module(module)
+        return Dense(self._file.reader.read_bias(self._file.settings, module, tensors).reshape(weight.shape))
+
+    @cached_property
+    def _shared(self) -> dict[str, Tensor]:
+        """The tensors that belong to all modules, read or drawn once."""
+        names = self._file.reader.shared
+        if all(key in self._file.tensors for key in names):
+            return {name: self._file.read(key) for key, name in names.items()}
+        assert self._file.reader.restore is not None
+        return self._file.reader.restore(self._file.settings, self._sizes)
+
+    def _ranks(self) -> dict[str, int | None]:
+        rows = {theirs: self._file.tensors.shape(key)[0] for theirs, key in self._tokens.items()}
+        ranks: dict[str, int | None] = {**self.adapter_ranks, **rows}
+        several = self.adapter_ranks.keys() & rows.keys()
+        return ranks | dict.fromkeys([*several, *self._saved, *self._biases])
+
+    def _drop_tied(self, extents: dict[str, Extent], base: TensorFolder) -> None:
+        """Leave out an adapter of the output head that only repeats the adapter of the embedding it is tied to."""
+        for own, extent in list(extents.items()):
+            twin = self._tied_to(own, extent.fits, base)
+            module = own.removesuffix(".weight")
+            other = self.module(twin) if twin else ""
+            if other not in self._file.keys or self._file.reader.same is None:
+                continue
+            head, embedding = self._file.read_module(module), self._file.read_module(other)
+            if self._file.reader.same(head, embedding):
+                del extents[own], self._file.keys[module]
+
+    def _tied_to(self, own: str, fits: Callable[[tuple[int, ...]], bool], base: TensorFolder) -> str | None:
+        theirs = self._prefix.to_base(own)
+        if theirs is not None and theirs in base:
+            return None
+        return tied_embedding(own, {name: base.shape(name) for name in base}, fits)
 
     def _check(self, own: str, extent: Extent, base: TensorFolder) -> str:
-        theirs = self._prefix.to_base(own)
-        described = f"an adapter of another base: its module {own.removesuffix('.weight')!r}"
-        if theirs is None or theirs not in base:
-            raise ValueError(f"{described} has no weight in {base.folder}")
-        if not _fits(extent, base, theirs):
+        theirs = self._require(own, base, extent.fits)
+        if not extent.fits(base.shape(theirs)):
             outputs, inputs = ("any" if size is None else size for size in (extent.outputs, extent.inputs))
             raise ValueError(
-                f"{described} has ({outputs}, {inputs}) outputs and inputs, "
-                f"the base's {theirs!r} has shape {base.shape(theirs)}"
+                f"an adapter of another base: its module {own.removesuffix('.weight')!r} has ({outputs}, {inputs}) "
+                f"outputs and inputs, the base's {theirs!r} has shape {base.shape(theirs)}"
             )
         if base.dtype(theirs) not in MERGEABLE:
             raise ValueError(f"the base's {theirs!r} is stored as {base.dtype(theirs)}: dequantise the base first")
         return theirs
 
+    def _require(self, own: str, base: TensorFolder, fits: Callable[[tuple[int, ...]], bool]) -> str:
+        """Return the base's name of a weight that has to be there."""
+        theirs, twin = self._prefix.to_base(own), self._tied_to(own, fits, base)
+        if twin is not None:
+            raise ValueError(untied(own, twin))
+        if theirs is None or theirs not in base:
+            module = own.removesuffix(".weight")
+            raise ValueError(f"an adapter of another base: its module {module!r} has no weight in {base.folder}")
+        return theirs
+
     def _inputs_first(self, theirs: str, extent: Extent, base: TensorFolder) -> bool:
         """Say whether the base stores the weight as (inputs, outputs): by its shape, and by the config if square."""
         shape = matrix_shape(base.shape(theirs))
-        straight, flipped = _agree(extent, shape), _agree(extent, shape[::-1])
+        straight, flipped = extent.agrees(shape), extent.agrees(shape[::-1])
         if straight != flipped:
             return flipped
         told = self.config.get("fan_in_fan_out")
         return inputs_first(base, theirs) if told is None else bool(told)
 
-    def _place(self, saved: Mapping[str, str], base: TensorFolder) -> tuple[dict[str, str], list[str]]:
-        """Return {the base's tensor: key} of what is saved beside the adapter, and what the base has no place for."""
-        placed, left = {}, []
+    def _find_biases(self, base: TensorFolder) -> dict[str, str]:
+        """Return {the base's bias: module} of what the adapter adds to biases; without a place it has to be zero."""
+        found: dict[str, str] = {}
+        for module, keys in self._file.keys.items():
+            key = keys.get(self._file.reader.bias or "")
+            theirs = self._prefix.to_base(f"{module}.bias")
+            if key is None:
+                continue
+            if theirs is not None and theirs in base and self._file.tensors.shape(key) == base.shape(theirs):
+                found[theirs] = module
+            elif bool(self._file.read(key).any()):
+                raise ValueError(
+                    f"module {module!r} has {self._file.reader.bias}, and the base has no bias of its shape there"
+                )
+        return found
+
+    def _place(self, saved: Mapping[str, str], base: TensorFolder) -> dict[str, str]:
+        """Return {the base's tensor: key} of what is saved beside the adapter, and list what the base lacks."""
+        placed = {}
         for own, key in saved.items():
-            theirs, shape = self._prefix.to_base(own), self._tensors.shape(key)
+            theirs, shape = self._prefix.to_base(own), self._file.tensors.shape(key)
             if theirs is None or theirs not in base:
-                left.append(f"{own}: the base has no such tensor")
-            elif base.shape(theirs) != shape:
-                left.append(f"{own}: it has shape {shape}, the base's has {base.shape(theirs)}")
-            else:
+                self._leave(own, key, saved, base)
+            elif base.shape(theirs) == shape:
                 placed[theirs] = key
-        return placed, left
+            elif added := added_rows(theirs, shape, base):
+                placed[theirs] = key
+                self.not_carried.append(f"{own}: {added}")
+            else:
+                self.not_carried.append(f"{own}: it has shape {shape}, the base's has {base.shape(theirs)}")
+        return placed
+
+    def _leave(self, own: str, key: str, saved: Mapping[str, str], base: TensorFolder) -> None:
+        shapes = {theirs: self._file.tensors.shape(k) for o, k in saved.items() if (theirs := self._prefix.to_base(o))}
+        known = {name: base.shape(name) for name in base} | shapes
+        twin = tied_embedding(own, known, self._file.tensors.shape(key).__eq__)
+        if twin is None:
+            self.not_carried.append(f"{own}: the base has no such tensor")
+            return
+        double = saved.get(self._prefix.to_source(twin))
+        other, name = (base, twin) if double is None else (self._file.tensors, double)
+        if not same_tensor(self._file.tensors, key, other, name):
+            raise ValueError(untied(own, twin))
 
 
-def _fits(extent: Extent, base: TensorFolder, name: str) -> bool:
-    shape = matrix_shape(base.shape(name))
-    return len(base.shape(name)) >= 2 and (_agree(extent, shape) or _agree(extent, shape[::-1]))
-
-
-def _agree(extent: Extent, shape: tuple[int, ...]) -> bool:
-    return extent.outputs in (None, shape[0]) and extent.inputs in (None, shape[1])
-
-
-def _finite(tensor: Tensor, what: str) -> Tensor:
-    tensor = at_least_float32(tensor)
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{what} contains NaN or Inf")
-    return tensor
-
-
-def _replacement(saved: Tensor, weight: Tensor) -> Dense:
-    return Dense(as_matrix(saved) - weight)
-
-
-def _same_bytes(first: Tensor, second: Tensor) -> bool:
-    return first.dtype == second.dtype and torch.equal(first.view(torch.uint8), second.view(torch.uint8))
+def _any_shape(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2

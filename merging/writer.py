@@ -6,20 +6,34 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatch
+from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from orthoft.merging.tensors import DTYPES, read_json
+from orthoft.merging.safetensors_file import SafetensorsFile
+from orthoft.merging.tensors import read_json
+
+__all__ = [
+    "SafetensorsFile",
+    "Shard",
+    "carry_over",
+    "new_folder",
+    "parse_size",
+    "put_in_place",
+    "refuse_existing",
+    "sharded",
+    "write_index",
+    "write_json",
+]
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SINGLE = "model.safetensors"
 # Weights in any format and the state of a training run: of the base, not of the merge. Its model card likewise.
 LEFT_OUT = (
     *(
@@ -40,6 +54,19 @@ LEFT_OUT = (
 LEFT_OUT_FOLDERS = ("checkpoint-*", "onnx", "openvino", "runs", ".*")
 
 
+@dataclass(frozen=True)
+class Shard:
+    """A file of tensors that is to be written, and what will be in it, in order: names, dtypes and shapes."""
+
+    file: str
+    tensors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes of its tensors."""
+        return sum(dtype.itemsize * prod(shape) for _, dtype, shape in self.tensors)
+
+
 @contextmanager
 def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary folder beside ``out`` which becomes ``out`` if the block succeeds, and is removed if it fails.
@@ -54,10 +81,8 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         yield partial
-        partial.chmod(0o755)
-        _sync(partial)
         refuse_existing(out, overwrite)  # it may have come into being in the meantime
-        _replace(partial, out)
+        put_in_place(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -73,74 +98,31 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
         raise FileExistsError(f"output is a file: {out} (choose another)")
 
 
-class SafetensorsFile:
-    """A safetensors file that grows tensor by tensor: room for the header is kept free and filled when it is closed.
-
-    Layout: length of the header as 8 bytes little-endian, the header as JSON padded with spaces to a multiple of 8, the
-    tensors without gaps. ``names`` are those that will be written; alignment is kept if larger dtypes come first.
-    """
-
-    def __init__(self, file: Path, names: Iterable[str]) -> None:
-        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        room = 64 + sum(len(json.dumps(name)) + 256 for name in names)  # dtype, shape and offsets fit 256 characters
-        self._room = -(-room // 8) * 8
-        self._file: BinaryIO = file.open("wb")
-        self._file.seek(8 + self._room)
-        self._end = 0
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor."""
-        tensor = tensor.detach().cpu().contiguous()
-        start, self._end = self._end, self._end + tensor.nbytes
-        self._header[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, self._end],
-        }
-        self._file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-    def __enter__(self) -> SafetensorsFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            header = json.dumps(self._header, separators=(",", ":")).encode()
-            self._file.seek(0)
-            self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
+def sharded(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], limit: int) -> list[Shard]:
+    """Share tensors out over files of at most ``limit`` bytes, in order; within a file larger dtypes come first."""
+    shards: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
+    filled = 0
+    for name, (dtype, shape) in tensors.items():
+        size = dtype.itemsize * prod(shape)
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append((name, dtype, shape))
+        filled += size
+    many = len(shards) > 1
+    files = (f"model-{i:05d}-of-{len(shards):05d}.safetensors" if many else SINGLE for i in range(1, len(shards) + 1))
+    by_size = (sorted(held, key=lambda entry: -entry[1].itemsize) for held in shards)  # which keeps all aligned
+    return [Shard(file, tuple(held)) for file, held in zip(files, by_size, strict=True)]
 
 
-def write_sharded(
-    folder: Path,
-    sizes: Mapping[str, tuple[torch.dtype, int]],
-    tensor_of: Callable[[str], Tensor],
-    max_shard_size: int | str = "5GB",
-) -> None:
-    """Write tensors as ``model.safetensors``, or as shards of at most ``max_shard_size`` bytes and their index.
-
-    Args:
-        sizes: names, with the dtype and the number of entries that ``tensor_of`` will return for them.
-        tensor_of: called once per name, in the order of writing.
-    """
-    shards = _shards(
-        {name: dtype.itemsize * count for name, (dtype, count) in sizes.items()}, parse_size(max_shard_size)
-    )
-    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    files = ["model.safetensors"] if len(shards) == 1 else files
-    for file, names in zip(files, shards, strict=True):
-        names.sort(key=lambda name: -sizes[name][0].itemsize)
-        with SafetensorsFile(folder / file, names) as shard:
-            for name in names:
-                shard.write(name, tensor_of(name))
-    if len(shards) > 1:
-        total = sum(dtype.itemsize * count for dtype, count in sizes.values())
-        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        write_json(folder / "model.safetensors.index.json", index)
+def write_index(folder: Path, shards: Sequence[Shard]) -> None:
+    """Write which tensor is in which file, if there are several."""
+    if len(shards) < 2:
+        return
+    where = {name: shard.file for shard in shards for name, *_ in shard.tensors}
+    total = sum(shard.nbytes for shard in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    write_json(folder / f"{SINGLE}.index.json", index)
 
 
 def carry_over(base: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -173,16 +155,11 @@ def parse_size(size: int | str) -> int:
     return int(number) * factor
 
 
-def _shards(nbytes: Mapping[str, int], limit: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in nbytes.items():
-        if shards[-1] and filled + size > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
+def put_in_place(new: Path, out: Path) -> None:
+    """Sync a folder and rename it to ``out``, which may be replaced."""
+    new.chmod(0o755)
+    _sync(new)
+    _replace(new, out)
 
 
 def _replace(new: Path, out: Path) -> None:

@@ -31,6 +31,10 @@ class Delta(ABC):
         factors = self.factors()
         return None if factors is None else factors[0].shape[1]
 
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return the rows ``start`` to ``stop`` of the change, a (stop - start, n) tensor."""
+        return self.dense()[start:stop]
+
     def norm(self) -> Tensor:
         """Return the Frobenius norm, a scalar tensor."""
         norm: Tensor = torch.linalg.vector_norm(self.dense())
@@ -96,6 +100,9 @@ class LowRank(Delta):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.B, self.A
 
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.B[start:stop] @ self.A
+
     def norm(self) -> Tensor:
         """``||B A||_F = ||R_B R_A^T||_F`` from two QR factorisations: no (m, n) product, and stable where the Gram form
         is not (reflections near the identity cancel in ``B A``)."""
@@ -114,6 +121,43 @@ class LowRank(Delta):
         return LowRank(at_least_float32(self.B), at_least_float32(self.A))
 
 
+class SubspaceRotated(Delta):
+    """``delta = W Q^T - W`` with ``Q^T = I + V^T (C - I) V``: HRA, and PSOFT without its scales.
+
+    Stored as the weight, the orthonormal rows of ``V`` (r, n), and ``C - I`` (r, r) of an orthogonal ``C``; as factors,
+    ``B = W V^T (C - I)`` and ``A = V``.
+    """
+
+    def __init__(self, weight: Tensor, basis: Tensor, update: Tensor) -> None:
+        self.weight, self.basis, self.update = weight, basis, update
+        self._product = LowRank(weight @ basis.mT @ update, basis)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._product.shape
+
+    def dense(self) -> Tensor:
+        return self._product.dense()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self._product.factors()
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self._product.rows(start, stop)
+
+    def norm(self) -> Tensor:
+        return self._product.norm()
+
+    def scaled(self, scale: float) -> LowRank:
+        return self._product.scaled(scale)
+
+    def transposed(self) -> Transposed:
+        return Transposed(self)
+
+    def upcast(self) -> SubspaceRotated:
+        return SubspaceRotated(*(at_least_float32(part) for part in (self.weight, self.basis, self.update)))
+
+
 class Rotated(Delta):
     """``delta = W Q^T - W`` of a block rotation, stored as the weight and the blocks of ``Q^T - I`` (g, b, b)."""
 
@@ -129,8 +173,45 @@ class Rotated(Delta):
     def dense(self) -> Tensor:
         return add_block_product(self.weight, self.update) - self.weight
 
+    def rows(self, start: int, stop: int) -> Tensor:
+        rows = self.weight[start:stop]
+        return add_block_product(rows, self.update) - rows
+
+    def transposed(self) -> Transposed:
+        return Transposed(self)
+
     def upcast(self) -> Rotated:
         return Rotated(at_least_float32(self.weight), at_least_float32(self.update))
+
+
+class Transposed(Delta):
+    """The change of a weight that is stored inputs first, with the change of the weight itself in ``inner``."""
+
+    def __init__(self, inner: Delta) -> None:
+        self.inner = inner
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.inner.shape[1], self.inner.shape[0]
+
+    def dense(self) -> Tensor:
+        return self.inner.dense().mT
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        factors = self.inner.factors()
+        return None if factors is None else (factors[1].mT, factors[0].mT)
+
+    def norm(self) -> Tensor:
+        return self.inner.norm()
+
+    def scaled(self, scale: float) -> Delta:
+        return self.inner.scaled(scale).transposed()
+
+    def transposed(self) -> Delta:
+        return self.inner
+
+    def upcast(self) -> Transposed:
+        return Transposed(self.inner.upcast())
 
 
 def _thin_svd(left: Tensor, right: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -156,8 +156,8 @@ def combine_generators(
     the maps act on eigenvalues: ``S = i w`` turns by ``2 atan w``, less ``arg(1 - (i w)^D)`` for the series cut at D.
     """
     parts = zip(generators, weights, degrees or [None] * len(generators), strict=True)
-    total = sum(w * _on_spectrum(S, partial(_half_angle, degree=degree)) for S, w, degree in parts)
-    return _on_spectrum(cast(Tensor, total), torch.tan)
+    total = sum(w * on_spectrum(S, partial(_half_angle, degree=degree)) for S, w, degree in parts)
+    return on_spectrum(cast(Tensor, total), torch.tan)
 
 
 def _half_angle(w: Tensor, degree: int | None) -> Tensor:
@@ -167,7 +167,7 @@ def _half_angle(w: Tensor, degree: int | None) -> Tensor:
     return torch.atan(w) - torch.atan(w**degree) / (2 if degree % 4 == 1 else -2)
 
 
-def _on_spectrum(S: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+def on_spectrum(S: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Return ``U diag(i f(w)) U^H`` of a skew ``S = U diag(i w) U^H`` (..., b, b) and an odd function, real."""
     w, U = torch.linalg.eigh(-1j * S.double())
     return cast(Tensor, (U * (1j * function(w)).unsqueeze(-2)) @ U.mH).real

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import re
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -11,6 +11,7 @@ from peft import PeftConfig
 
 from orthoft.adapters import ADAPTERS
 from orthoft.merging import METHODS, OUTPUTS, READERS, SPACES
+from orthoft.merging.parameters import Parameters
 
 
 def catalogue() -> dict[str, Any]:
@@ -20,7 +21,10 @@ def catalogue() -> dict[str, Any]:
             name: {"says": first_sentence(method.merge), "parameters": _defaults(method.parameters)}
             for name, method in METHODS.items()
         },
-        "spaces": {name: {"says": first_sentence(space.encode)} for name, space in SPACES.items()},
+        "spaces": {
+            name: {"says": first_sentence(space.encode), "parameters": _defaults(space.parameters)}
+            for name, space in SPACES.items()
+        },
         "outputs": {name: {"says": first_sentence(output)} for name, output in OUTPUTS.items()},
         "adapters": {
             name: {"says": first_sentence(config), "parameters": own_fields(config)}
@@ -30,8 +34,8 @@ def catalogue() -> dict[str, Any]:
     }
 
 
-def _defaults(parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    return {name: None if p.default is p.empty else p.default for name, p in parameters.items()}
+def _defaults(parameters: Parameters) -> dict[str, Any]:
+    return {name: None if value is inspect.Parameter.empty else value for name, value in parameters.defaults.items()}
 
 
 def own_fields(config: type[Any]) -> dict[str, Any]:
@@ -47,7 +51,7 @@ def own_fields(config: type[Any]) -> dict[str, Any]:
 def first_sentence(thing: object) -> str:
     """Return the first sentence of a docstring, on one line."""
     text = " ".join((inspect.getdoc(thing) or "").partition("\n\n")[0].split())
-    return text.partition(". ")[0].removesuffix(".")
+    return re.split(r"(?<!\.)\. ", text, maxsplit=1)[0].removesuffix(".")  # an ellipsis ends no sentence
 
 
 def listed(found: dict[str, Any]) -> str:

@@ -62,7 +62,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
 
 def _checkpoint(folder: Path) -> dict[str, Any]:
     config, tensors = read_json(folder / "config.json"), TensorFolder(folder)
-    report = folder / "merge_report.json"
+    report = folder / "report.json"
     told = read_json(report) if report.is_file() else {}
     return {
         "path": str(folder),

@@ -59,7 +59,7 @@ def load(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file, which is read as UTF-8."""
     if not path.is_file():
-        raise FileNotFoundError(f"no such recipe: {path.absolute()}")
+        raise FileNotFoundError(f"no such file: {path.absolute()}")
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.MarkedYAMLError as error:
@@ -69,7 +69,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not a YAML text ({' '.join(str(error).split())})") from None
     if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys, got {type(raw).__name__}")
+        raise RecipeError(f"{path}: expected a mapping of keys, got {type(raw).__name__}")
     return raw
 
 

@@ -170,14 +170,12 @@ class Run:
             self.base,
             [(ready.task.name, self.expert(ready.task.name)) for ready in self.ready],
             folder,
-            method=wanted.method,
-            space=wanted.space,
             weights=wanted.task_weights(len(self.ready)),
             overwrite=True,
             seed=self.recipe.seed,
             progress=sys.stderr.isatty(),
             **output,
-            **wanted.params,
+            **wanted.words(),
         )
         self.results[row] = report.to_dict()
         self.results["times"][row] = round(report.seconds, 2)

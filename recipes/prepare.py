@@ -14,11 +14,10 @@ import transformers
 import yaml
 
 from orthoft.merging import READERS
-from orthoft.merging.methods import get_method
-from orthoft.merging.spaces import choose_space
+from orthoft.merging.wish import Wish, wish_for
 from orthoft.recipes.finetune import adapter_config, training_arguments
 from orthoft.recipes.load import RecipeError
-from orthoft.recipes.schema import Recipe
+from orthoft.recipes.schema import Merge, Recipe
 
 RESULTS, RECIPE = "results.json", "recipe.yaml"
 OURS = ("experts", "heads", "merged", "merged-lora", RESULTS, RECIPE)
@@ -42,10 +41,14 @@ def check(recipe: Recipe) -> None:
         attempt(f"tasks[{i}].adapter", partial(_mergeable, recipe, task.adapter, task.kind))
         attempt(f"tasks[{i}].training", partial(training_arguments, recipe, task, Path(recipe.output)))
     if (wanted := recipe.merge) is not None:
-        attempt("merge", lambda: get_method(wanted.method).bind(wanted.params))
-        attempt("merge", lambda: choose_space(wanted.space, commutes=True, factored=True))
+        attempt("merge", lambda: wished(wanted, len(recipe.tasks)))
     if mistakes:
         raise RecipeError("\n".join(mistakes))
+
+
+def wished(merge: Merge, tasks: int) -> Wish:
+    """Return what a recipe's merge asks for, checked."""
+    return wish_for(tasks, weights=merge.task_weights(tasks), **merge.words())
 
 
 def _mergeable(recipe: Recipe, adapter: Any, kind: str) -> None:

@@ -11,11 +11,10 @@ import peft
 import torch
 from transformers import AutoConfig
 
-from orthoft.merging.methods import get_method
 from orthoft.merging.readers import get_reader
-from orthoft.merging.spaces import choose_space
 from orthoft.recipes.finetune import adapter_config, auto_class
 from orthoft.recipes.load import RecipeError
+from orthoft.recipes.prepare import wished
 from orthoft.recipes.schema import Export, Merge, Recipe, Task
 
 Ranks = Mapping[str, int | None]  # of a task's factors, by the adapted matrix; None for a matrix without factors
@@ -70,16 +69,16 @@ def adapter_ranks(task: Task, base: Path, to_merge: bool) -> Ranks:
 
 def merge_mistakes(merge: Merge, export: Export, ranks: Mapping[str, Ranks]) -> list[str]:
     """Return what forbids the merge's space or the LoRA export, as one line, or nothing."""
-    method = get_method(merge.method)
+    wish = wished(merge, len(ranks))
     exact = export.lora is not None and export.lora.rank is None
     for module in dict.fromkeys(chain.from_iterable(ranks.values())):
         found = {task: own[module] for task, own in ranks.items() if module in own}
         dense = [task for task, rank in found.items() if rank is None]
         try:
-            space = choose_space("auto" if len(dense) == len(found) else merge.space, method.commutes, not dense)
+            space = wish.of(f"{module}.weight", list(ranks)).choice(list(found.values()), vector=False).space
         except ValueError as error:
             return [f"merge: {module}: {error} (no factors: {', '.join(dense)})"]
-        if exact and not space.needs_factors:
+        if exact and not (space.keeps_factors and not dense):
             who = f"the adapters of {', '.join(dense)} have" if dense else f"a {merge.method!r} merge in full space has"
             return [f"export.lora: a rank is needed, {who} no low-rank factors: set export.lora.rank"]
     return []

@@ -3,93 +3,18 @@
 from __future__ import annotations
 
 import ast
-import difflib
-import os
-import re
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PositiveInt,
-    ValidationError,
-    create_model,
-    model_validator,
-)
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, create_model, model_validator
 
-from orthoft.errors import unknown
+from orthoft.recipes.strict import Name, PathText, Strict
 
 Split = Literal["train", "tuning", "test"]
 TaskKind = Literal["classification", "causal-lm"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-S = TypeVar("S", bound="Strict")
-
-
-class Strict(BaseModel):
-    """A model that converts nothing and refuses unknown keys, naming the nearest known one."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _name_unknown_keys(cls: type[S], value: Any, check: Callable[[Any], S]) -> S:
-        try:
-            return check(value)
-        except ValidationError as error:
-            raise ValidationError.from_exception_data(
-                cls.__name__, [_renamed(e, cls) for e in error.errors()]
-            ) from None
-
-
-def _renamed(error: Any, model: type[BaseModel]) -> InitErrorDetails:
-    """Return a line error in our words: an unknown key of ``model`` names the nearest, a wrong type what came."""
-    kind, message, loc = error["type"], error["msg"], error["loc"]
-    if kind == "extra_forbidden" and len(loc) == 1:
-        kind, message = "unknown_key", f"unknown key, {_nearest(loc[0], model)}"
-    elif kind == "union_tag_invalid":
-        kind, message = "unknown_kind", str(unknown("kind", error["ctx"]["tag"], get_args(TaskKind)))
-    elif kind == "union_tag_not_found":
-        kind, message = "missing", f"kind is missing: one of {', '.join(get_args(TaskKind))}"
-    elif kind == "missing":
-        message = "missing"
-    elif message.startswith("Input should be "):
-        came = repr(error["input"])
-        came = came if len(came) <= 60 else f"{came[:57]}..."
-        message = f"expected {message.removeprefix('Input should be ')}, got {came}"
-    return InitErrorDetails(type=PydanticCustomError(kind, message), loc=loc, input=error["input"])
-
-
-def _nearest(key: object, model: type[BaseModel]) -> str:
-    known = list(model.model_fields)
-    if near := difflib.get_close_matches(str(key), known, n=1, cutoff=0.5):
-        return f"did you mean {near[0]!r}?"
-    return (
-        f"known are {', '.join(known)}" if len(known) <= 20 else f"it is none of the {len(known)} of {model.__name__}"
-    )
-
-
-def expanded(path: str) -> str:
-    """Return ``path`` with ``~`` and ``$VAR`` replaced.
-
-    Raises:
-        ValueError: a variable is not set.
-    """
-    path = os.path.expandvars(os.path.expanduser(path))
-    if unset := re.search(r"\$(\w+|\{\w+\})", path):
-        raise ValueError(f"the environment variable {unset[0]} is not set")
-    return path
-
-
-PathText = Annotated[str, AfterValidator(expanded)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
 @cache
@@ -139,7 +64,7 @@ class Data(Strict):
     tuning: PathText | None = None
     test: PathText
     text: str = "text"
-    limit: dict[Split, PositiveInt] = {}
+    limit: dict[Split, PositiveInt] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _subset_of_a_dataset(self) -> Data:
@@ -159,7 +84,7 @@ class TaskBase(Strict):
 
     name: Name
     adapter: Adapter
-    training: Annotated[dict[str, Any], BeforeValidator(_training)] = {}
+    training: Annotated[dict[str, Any], BeforeValidator(_training)] = Field(default_factory=dict)
 
 
 class Classification(TaskBase):
@@ -183,13 +108,29 @@ class CausalLM(TaskBase):
 Task = Classification | CausalLM
 
 
-class Merge(Strict):
-    """One call of ``orthoft.merging.merge``; one number in ``weights`` stands for all tasks."""
+class MergeWords(Strict):
+    """How to merge, in the words of ``orthoft.merging.merge``."""
 
     method: str
     space: str = "auto"
+    params: dict[str, Any] = Field(default_factory=dict)
+    isotropise: bool = False
+    rescale: Literal["none", "weight", "model"] = "none"
+    scale: float = 1.0
+    include: list[str] = Field(default_factory=list)
+    exclude: list[str] = Field(default_factory=list)
+    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    def words(self) -> dict[str, Any]:
+        """Return them as arguments of ``orthoft.merging.merge``."""
+        words = {name: getattr(self, name) for name in MergeWords.model_fields if name != "params"}
+        return {**words, **self.params}
+
+
+class Merge(MergeWords):
+    """One call of ``orthoft.merging.merge``; one number in ``weights`` stands for all tasks."""
+
     weights: float | list[float] | None = None
-    params: dict[str, Any] = {}
 
     def task_weights(self, tasks: int) -> list[float] | None:
         """Return one number per task, or None where the recipe gives none."""

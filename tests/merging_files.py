@@ -26,6 +26,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from orthoft.merging.source import Source
+from orthoft.merging.tensors import TensorFolder, as_matrix
+
 logging.disable_progress_bar()
 logging.set_verbosity_error()
 
@@ -110,6 +113,17 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     merged: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         merged |= load_file(file)
+    return merged
+
+
+def merged_by(source: Source, base: TensorFolder) -> dict[str, Tensor]:
+    """Return base + delta of all weights that the source changes, shaped as stored."""
+    merged = {}
+    for name in source.ranks:
+        weight = as_matrix(base[name].float())
+        delta = source.delta(name, weight)
+        assert delta.rank() == source.ranks[name], name
+        merged[name] = (weight + delta.dense()).reshape(base.shape(name))
     return merged
 
 

@@ -16,7 +16,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tiny import label_task, save_bert
 
-from orthoft.cli import main, parse_param, parse_source
+from orthoft.cli import main
+from orthoft.cli.merge import parse_param, parse_source
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +137,10 @@ def test_inspect_tells_an_adapter_and_a_checkpoint(models: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("text", "parsed"),
     [
-        ("runs/a", ("runs/a", None)),
-        ("law=runs/a:0.5", (("law", "runs/a"), 0.5)),
-        ("runs/a:-1e-2", ("runs/a", -0.01)),
-        ("C:\\models", ("C:\\models", None)),
+        ("runs/a", {"path": "runs/a"}),
+        ("law=runs/a:0.5", {"name": "law", "path": "runs/a", "weight": 0.5}),
+        ("runs/a:-1e-2", {"path": "runs/a", "weight": -0.01}),
+        ("C:\\models", {"path": "C:\\models"}),
     ],
 )
 def test_a_source_has_a_name_and_a_weight(text: str, parsed: object) -> None:
@@ -229,7 +230,7 @@ def test_a_wrong_key_in_a_recipe(models: Path, tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["run", "nowhere.yaml"], "error: no such recipe: {here}/nowhere.yaml"),
+        (["run", "nowhere.yaml"], "error: no such file: {here}/nowhere.yaml"),
         (["run"], "error: Missing argument 'RECIPE' (see orthoft run --help)"),
         (["rum"], "error: No such command 'rum'"),
         (["finetune", "recipe.yaml", "--task", "c"], "error: unknown task 'c'. Choose from: a, b"),

@@ -16,6 +16,7 @@ from merging_files import (
     classifier,
     linear_weights,
     load,
+    merged_by,
     save_adapter,
     save_base,
     save_hra,
@@ -30,8 +31,8 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, Bert
 
 from orthoft.adapters import GOFTConfig, PSOFTConfig, SVFTConfig
 from orthoft.merging.readers import READERS
-from orthoft.merging.source import Source, open_source
-from orthoft.merging.tensors import TensorFolder, as_matrix
+from orthoft.merging.source import open_source
+from orthoft.merging.tensors import TensorFolder
 
 LORAS: dict[str, dict[str, Any]] = {
     "alpha over r": {"lora_alpha": 12},
@@ -52,17 +53,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def load_class(kind: str, folder: Path) -> PreTrainedModel:
     return load(folder) if kind == "bert" else AutoModelForCausalLM.from_pretrained(folder)
-
-
-def merged_by(source: Source, base: TensorFolder) -> dict[str, Tensor]:
-    """Return base + delta of all weights that the source changes, shaped as stored."""
-    merged = {}
-    for name in source.ranks:
-        weight = as_matrix(base[name].float())
-        delta = source.delta(name, weight)
-        assert delta.rank() == source.ranks[name], name
-        merged[name] = (weight + delta.dense()).reshape(base.shape(name))
-    return merged
 
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], atol: float = 2e-6) -> None:
@@ -170,7 +160,7 @@ def test_a_reader_reads_only_the_tensors_of_its_weight(bases: dict[str, Path], t
     base = TensorFolder(bases["bert"])
     source = open_source("a", tmp_path / "lora", base)
     read: list[str] = []
-    tensors = source._tensors  # type: ignore[attr-defined]
+    tensors = source._file.tensors  # type: ignore[attr-defined]
     original = type(tensors).__getitem__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TensorFolder, "__getitem__", lambda self, name: read.append(name) or original(self, name))
@@ -180,12 +170,22 @@ def test_a_reader_reads_only_the_tensors_of_its_weight(bases: dict[str, Path], t
 
 
 REFUSED = [
-    ({"lora_bias": True}, "it uses lora_bias, which no change of its weights can represent"),
-    ({"target_parameters": ["w"]}, "it uses target_parameters, which"),
-    ({"init_lora_weights": "pissa_niter_4"}, "it uses init_lora_weights='pissa_niter_4', which"),
-    ({"trainable_token_indices": [1]}, "it uses trainable_token_indices, which"),
+    ({"target_parameters": ["w"]}, "it uses target_parameters, which no change of its weights can represent"),
+    ({"init_lora_weights": "pissa_niter_4"}, "it uses init_lora_weights='pissa_niter_4', which no change of its"),
+    (
+        {"init_lora_weights": "olora"},
+        "can represent (convert it: save_pretrained with path_initial_model_for",
+    ),
+    ({"init_lora_weights": "loftq"}, "it uses init_lora_weights='loftq', which no change"),
+    ({"layer_replication": [[0, 2]], "use_qalora": True}, "it uses use_qalora, layer_replication, which no change"),
+    ({"trainable_token_indices": [1]}, "'trainable_token_indices' in its configuration and in its tensors disagree"),
     ({"peft_type": "LOHA"}, "unknown peft_type 'LOHA'"),
-    ({"peft_type": "ORTHOFT_HRB"}, "unknown peft_type 'ORTHOFT_HRB', did you mean 'ORTHOFT_HRA'? Choose from: LORA,"),
+    ({"peft_type": "LOKR"}, "unknown peft_type 'LOKR'"),
+    (
+        {"peft_type": "IA3"},
+        "Choose from: BOFT, HRA, LORA, OFT, ORTHOFT_GOFT, ORTHOFT_HRA, ORTHOFT_OFTV2, ORTHOFT_PSOFT, ",
+    ),
+    ({"peft_type": "ORTHOFT_HRB"}, "unknown peft_type 'ORTHOFT_HRB', did you mean 'ORTHOFT_HRA'? Choose from: BOFT,"),
     ({"r": 3}, "has rank 3 by its configuration and 4 by its tensors"),
 ]
 
@@ -211,7 +211,7 @@ def test_unknown_tensors_of_a_module_are_refused_by_name(bases: dict[str, Path],
     tensors[next(iter(tensors)).replace("lora_A.weight", "lora_new")] = torch.zeros(2)
     save_file(tensors, file)
     base = TensorFolder(bases["bert"])
-    with pytest.raises(ValueError, match=r"^source 'a': module '.*query' has lora_new, which cannot be merged$"):
+    with pytest.raises(ValueError, match=r"^source 'a': module '.*query' has 'lora_new', which cannot be merged$"):
         merged_by(open_source("a", tmp_path / "lora", base), base)
 
 
@@ -255,6 +255,10 @@ ADAPTERS: dict[str, Any] = {
     "PSOFT": peft.PsoftConfig(r=5),
     "PSOFT, symmetric, free": peft.PsoftConfig(r=5, ab_svd_init="pissa_init", psoft_orth=False, psoft_alpha=3),
     "PSOFT, bounded": peft.PsoftConfig(r=5, use_cayley_neumann=True, cayley_neumann_eps=0.3, psoft_svd="lowrank"),
+    "VERA": peft.VeraConfig(r=5, d_initial=2.0),
+    "VERA, drawn again": peft.VeraConfig(r=5, d_initial=2.0, save_projection=False, projection_prng_key=11),
+    "BOFT": peft.BOFTConfig(boft_block_size=4),
+    "BOFT, by number": peft.BOFTConfig(boft_block_size=0, boft_block_num=2, init_weights=False, bias="all"),
     "ORTHOFT_PSOFT": PSOFTConfig(r=5),
     "ORTHOFT_PSOFT, fingerprint": PSOFTConfig(r=5, relax=False, map="series", save_basis=False),
     "ORTHOFT_GOFT": GOFTConfig(block_size=8),
@@ -285,7 +289,13 @@ def test_other_methods_equal_their_merge_in_peft(
 
 
 def test_every_reader_is_tested() -> None:
-    tested = {"LORA", "ORTHOFT_OFTV2", "ORTHOFT_HRA", *(variant.partition(",")[0] for variant in ADAPTERS)}
+    tested = {
+        "LORA",
+        "ORTHOFT_OFTV2",
+        "ORTHOFT_HRA",
+        "TRAINABLE_TOKENS",
+        *(variant.partition(",")[0] for variant in ADAPTERS),
+    }
     assert set(READERS) == tested
 
 

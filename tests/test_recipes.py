@@ -231,7 +231,7 @@ def test_the_words_are_checked_without_torch(models: Path, tmp_path: Path) -> No
     [
         ("name: x\nname: y\n", ":2:1: 'name' is given twice"),
         ("tasks: [\n", ":2:1: expected the node content, but found '<stream end>'"),
-        ("- a\n", ": a recipe is a mapping of keys, got list"),
+        ("- a\n", ": expected a mapping of keys, got list"),
     ],
 )
 def test_a_text_that_is_no_recipe(text: str, message: str, tmp_path: Path) -> None:

@@ -1,6 +1,11 @@
-"""Merge methods: one pure function per file, found by name in `METHODS`."""
+"""Merge methods: one pure function per file, found by name in `METHODS`. Every module of this package is imported."""
 
-from orthoft.merging.methods import mean, opcm, task_arithmetic, ties
+from importlib import import_module
+from pkgutil import iter_modules
+
 from orthoft.merging.methods.registry import METHODS, Finish, Method, get_method, method
 
-__all__ = ["METHODS", "Finish", "Method", "get_method", "mean", "method", "opcm", "task_arithmetic", "ties"]
+__all__ = ["METHODS", "Finish", "Method", "get_method", "method"]
+
+for name in sorted(module.name for module in iter_modules(__path__)):
+    import_module(f"{__name__}.{name}")

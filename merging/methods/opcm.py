@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from orthoft.merging.methods.registry import method, weighted
-
-RANGE = 1e-5  # singular values below this share of the largest are rounding errors of float32 deltas
+from orthoft.merging.spectra import ABSENT, largest_norm, range_svd
 
 
 def mean_task_norm(merged: float, tasks: list[float]) -> float:
@@ -38,21 +36,17 @@ def opcm(x: Tensor, weights: Tensor, *, alpha: float = 0.5) -> Tensor:
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha is a share of the singular values, in [0, 1], got {alpha}")
     tasks = weighted(x, weights)
+    floor = ABSENT * largest_norm(tasks)
     merged = tasks[0]
     for task in tasks[1:]:
-        merged = merged + (task if task.shape[0] == 1 else task - shared(task, merged, alpha))
+        merged = merged + (task if task.shape[0] == 1 else task - shared(task, merged, alpha, floor))
     return merged
 
 
-def shared(task: Tensor, merged: Tensor, alpha: float) -> Tensor:
+def shared(task: Tensor, merged: Tensor, alpha: float, floor: float) -> Tensor:
     """Return what OPCM removes from ``task`` (p, q): ``U (mask o (U^T D V)) V^T`` over the range of ``merged``."""
-    U, s, Vh = torch.linalg.svd(merged, full_matrices=False)
-    rank = int((s > RANGE * s[:1]).sum())
-    U, s, Vh = U[:, :rank], s[:rank], Vh[:rank]
-    total = s.cumsum(0)
-    k = int((total <= alpha * s.sum()).sum()) if alpha < 1.0 else rank
-    P = U.mT @ task @ Vh.mT  # (rank, rank)
-    mask = torch.eye(rank, dtype=P.dtype, device=P.device)
-    mask[:k, :k] = 1
-    removed: Tensor = U @ (mask * P) @ Vh
-    return removed
+    U, s, Vh = range_svd(merged, floor)
+    k = int((s.cumsum(0) <= alpha * s.sum()).sum()) if alpha < 1.0 else len(s)
+    block = U[:, :k].mT @ task @ Vh[:k].mT  # (k, k)
+    diagonal = ((U[:, k:].mT @ task) * Vh[k:]).sum(1)  # (r - k,)
+    return U[:, :k] @ (block @ Vh[:k]) + U[:, k:] * diagonal @ Vh[k:]

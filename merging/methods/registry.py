@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from orthoft.errors import unknown
+from orthoft.merging.parameters import Parameters
 
 Merge = Callable[..., Tensor]
+Prepare = Callable[..., Tensor]
 Finish = Callable[[float, list[float]], float]
+Params = Mapping[str, Any]
+Property = bool | Callable[[Params], bool]  # of a method as such, or of the method with these parameters
 
 
 @dataclass(frozen=True)
@@ -22,61 +25,66 @@ class Method:
 
     ``x`` holds the tasks' deltas of one weight in the coordinates of a space; a task that does not change the weight is
     zero there; ``p = 1`` means a vector (a bias, a norm), not a matrix. The keyword-only parameters are the method's
-    configuration; one named ``generator`` is not: the engine gives it a generator seeded by (seed, name of the weight).
+    configuration, but for these, which the engine gives to methods that name them:
+
+    * ``generator``: a random generator, seeded by (seed, name of the weight).
+    * ``base``: the weight itself (p, q), in the full space only.
+    * ``statistics``: numbers from data, one tensor per task (see `orthoft.merging.statistics`), None where a task has
+      none of this weight; in the full space only.
+    * ``prepared``: what ``prepare`` made of each whole task, stacked (T, ...); None if the method has to do it itself.
 
     Args:
         commutes: ``f(U x V) = U f(x) V`` for all matrices with orthonormal columns U, rows V: the space makes no
             difference, so that `space="auto"` takes the cheapest.
+        entries: the method is about the entries of the weight itself, so that only the full space will do.
+        rowwise: each row of the result depends on that row of ``x`` only (given ``prepared``), so that the engine may
+            go through a large weight in slices of rows.
+        prepare: ``(x_t (p, q), **params) -> Tensor``, what a row-wise method has to know of each whole task.
         finish: a scale of the whole merged model, (||merged||, [||w_t D_t||]) -> scale, from Frobenius norms over all
             weights together. The engine multiplies each merged weight by it after the last one is known.
     """
 
     name: str
     merge: Merge
-    commutes: bool
+    parameters: Parameters
+    commutes: Callable[[Params], bool]
+    entries: Callable[[Params], bool]
+    rowwise: bool
+    prepare: Prepare | None
     finish: Finish | None
-    parameters: Mapping[str, inspect.Parameter]
-    draws: bool
 
-    def bind(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return all parameters of the method, the defaults filled in.
+    def bind(self, given: Params) -> dict[str, Any]:
+        """Return all parameters of the method, the defaults filled in; see `Parameters.bind`."""
+        return self.parameters.bind(given)
 
-        Raises:
-            ValueError: a name is not a parameter of this method.
-            TypeError: a parameter without default is missing, or a number was expected and something else came.
-        """
-        for name, value in given.items():
-            if name not in self.parameters:
-                raise self._unknown(name)
-            expected = self.parameters[name].annotation
-            if expected in ("float", "int") and not _is_number(value, expected):
-                raise TypeError(f"parameter {name!r} of method {self.name!r} is a {expected}, got {value!r}")
-        bound = {name: given.get(name, parameter.default) for name, parameter in self.parameters.items()}
-        for name, value in bound.items():
-            if value is inspect.Parameter.empty:
-                raise TypeError(f"method {self.name!r} needs the parameter {name!r}")
-        return bound
+    def needs(self, extra: str) -> bool:
+        """Say whether the method takes this of the engine: generator, base, statistics or prepared."""
+        return extra in self.parameters.extras
 
-    def _unknown(self, name: str) -> ValueError:
-        if not self.parameters:
-            return ValueError(f"method {self.name!r} has no parameters, got {name!r}")
-        return unknown(f"parameter of method {self.name!r}", name, self.parameters)
+    def rehearse(self, weights: Tensor, params: Params) -> None:
+        """Merge a few made-up numbers: values that the method refuses are told before any file is read."""
+        x = torch.arange(len(weights) * 6.0).reshape(-1, 2, 3).cos()
+        extras: dict[str, Any] = {"generator": torch.Generator(), "base": torch.ones(2, 3)}
+        self.merge(x, weights, **params, **{name: extras[name] for name in extras if self.needs(name)})
 
 
 METHODS: dict[str, Method] = {}
 
 
-def method(name: str, *, commutes: bool = False, finish: Finish | None = None) -> Callable[[Merge], Merge]:
+def method(
+    name: str,
+    *,
+    commutes: Property = False,
+    entries: Property = False,
+    rowwise: bool = False,
+    prepare: Prepare | None = None,
+    finish: Finish | None = None,
+) -> Callable[[Merge], Merge]:
     """Register a pure function as the merge method of this name; see `Method`."""
 
     def register(merge: Merge) -> Merge:
-        keywords = {
-            parameter.name: parameter
-            for parameter in inspect.signature(merge).parameters.values()
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-        }
-        draws = keywords.pop("generator", None) is not None
-        METHODS[name] = Method(name, merge, commutes, finish, keywords, draws)
+        parameters = Parameters(f"method {name!r}", merge)
+        METHODS[name] = Method(name, merge, parameters, _of(commutes), _of(entries), rowwise, prepare, finish)
         return merge
 
     return register
@@ -94,6 +102,5 @@ def weighted(x: Tensor, weights: Tensor) -> Tensor:
     return x * weights.to(x).reshape(-1, 1, 1)
 
 
-def _is_number(value: object, expected: str) -> bool:
-    kinds = int if expected == "int" else int | float
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+def _of(prop: Property) -> Callable[[Params], bool]:
+    return prop if callable(prop) else lambda params: prop

@@ -15,7 +15,7 @@ from torch import Tensor
 from orthoft.convert.conversion import COMMON, Conversion, Kind, LayerReport, keys, open_adapter
 from orthoft.delta import Delta, LowRank
 from orthoft.linalg import at_least_float32
-from orthoft.merging.outputs import lora_config
+from orthoft.merging.outputs.lora import lora_config
 from orthoft.merging.writer import refuse_existing
 
 

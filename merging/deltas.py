@@ -1,0 +1,123 @@
+"""The merged deltas of a plan, one weight at a time: computed, kept on disk, read back."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from orthoft.delta import Delta, Dense, LowRank, Rotated, Transposed
+from orthoft.linalg import at_least_float32
+from orthoft.merging.methods import Finish
+from orthoft.merging.plan import MergePlan
+from orthoft.merging.report import WeightReport
+from orthoft.merging.safetensors_file import SafetensorsFile
+from orthoft.merging.tensors import TensorFolder, as_matrix
+from orthoft.merging.weightwise import merge_weight, weight_generator
+
+
+def merged_delta(
+    plan: MergePlan, name: str, weight: Tensor, scale: float, device: torch.device
+) -> tuple[Delta, WeightReport]:
+    """Return the merged delta of one weight, times ``scale``, and what the report says of it.
+
+    Args:
+        weight: the base's, as a matrix in float32 or more.
+        device: where the deltas are merged; the result comes back to the CPU.
+
+    Raises:
+        ValueError: a tensor of the base or of a source holds NaN or Inf.
+    """
+    start = time.perf_counter()
+    if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
+        raise ValueError(f"base: tensor {name!r} of {plan.base.folder} contains NaN or Inf")
+    item = plan.merged[name]
+    deltas = [source.delta(name, weight) if name in source.ranks else _zero(weight) for source in plan.sources]
+    statistics = [found.get(name) if (found := plan.statistics.get(s.name)) else None for s in plan.sources]
+    merged = merge_weight(
+        [moved(delta, device) for delta in deltas],
+        item.choice,
+        weight.to(device),
+        weight_generator(plan.seed, name),
+        [None if one is None else one.to(device) for one in statistics] if plan.statistics else None,
+        scale,
+    )
+    delta = moved(merged.delta, torch.device("cpu"))
+    norms = dict(zip((source.name for source in plan.sources), merged.task_norms, strict=True))
+    norms = {source: norm for source, norm in norms.items() if source in item.sources}
+    entry = WeightReport(name, item.shape, item.space.name, delta.rank(), norms, merged.norm)
+    entry.seconds = time.perf_counter() - start
+    return delta, entry
+
+
+def model_scale(finish: Finish, plan: MergePlan, entries: Mapping[str, WeightReport]) -> float:
+    """Return the scale of the whole model, from the norms of all weights and of their weighted tasks."""
+    tasks = [
+        math.hypot(
+            *(
+                float(item.choice.weights[index]) * entries[name].task_norms.get(source.name, 0.0)
+                for name, item in plan.merged.items()
+            )
+        )
+        for index, source in enumerate(plan.sources)
+    ]
+    tasks[:1] = plan.earlier_norms or tasks[:1]
+    return finish(math.hypot(*(entries[name].norm for name in plan.merged)), tasks)
+
+
+def scaled_entry(entry: WeightReport, scale: float) -> WeightReport:
+    """Return the report of a delta that is multiplied by ``scale``."""
+    return replace(entry, norm=entry.norm * abs(scale))
+
+
+def moved(delta: Delta, device: torch.device) -> Delta:
+    """Return a delta whose parts are on a device."""
+    if device.type == "cpu" and _device(delta).type == "cpu":
+        return delta
+    factors = delta.factors()
+    if factors is not None:
+        return LowRank(*(factor.to(device) for factor in factors))
+    return Dense(delta.dense().to(device))
+
+
+def save_delta(delta: Delta, file: Path) -> str:
+    """Write a delta and return the `content_hash` of the file; of a rotation its blocks, which keeps it one."""
+    factors, inner = delta.factors(), delta.inner if isinstance(delta, Transposed) else delta
+    if factors is not None:
+        parts = {"B": factors[0], "A": factors[1]}
+    elif isinstance(inner, Rotated):
+        parts = {"update" if inner is delta else "update transposed": inner.update}
+    else:
+        parts = {"dense": delta.dense()}
+    with SafetensorsFile(file, parts) as out:
+        for name, tensor in parts.items():
+            out.write(name, tensor)
+    return out.digest
+
+
+def load_delta(file: Path, base: TensorFolder, name: str) -> Delta:
+    """Return what `save_delta` wrote of a weight's delta."""
+    parts = load_file(file)
+    if "dense" in parts:
+        return Dense(parts["dense"])
+    if "B" in parts:
+        return LowRank(parts["B"], parts["A"])
+    weight = as_matrix(at_least_float32(base[name]))
+    if "update" in parts:
+        return Rotated(weight, parts["update"])
+    return Rotated(weight.mT, parts["update transposed"]).transposed()
+
+
+def _device(delta: Delta) -> torch.device:
+    factors = delta.factors()
+    return delta.rows(0, 1).device if factors is None else factors[0].device
+
+
+def _zero(weight: Tensor) -> LowRank:
+    return LowRank(weight.new_zeros(weight.shape[0], 0), weight.new_zeros(0, weight.shape[1]))

@@ -1,0 +1,96 @@
+"""The merged model as the base is stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from orthoft.delta import Delta
+from orthoft.linalg import at_least_float32
+from orthoft.merging.outputs.registry import DeltaOf, DeltaOn, Options, Output, output, rounded
+from orthoft.merging.plan import MergePlan
+from orthoft.merging.report import MergeReport
+from orthoft.merging.safetensors_file import SafetensorsFile
+from orthoft.merging.source import MERGEABLE
+from orthoft.merging.streaming import Piece, pieces_of, stream
+from orthoft.merging.tensors import as_matrix
+from orthoft.merging.writer import Shard, carry_over, parse_size, sharded, write_index
+
+SLICE = 1 << 18  # entries that are added and rounded at once: 1 MB in float32, which stays in the cache
+
+
+@output("checkpoint")
+class CheckpointOutput(Output):
+    """The merged model as the base is stored: shards, index, config, tokenizer and the rest carried over."""
+
+    def __init__(self, plan: MergePlan, options: Options) -> None:
+        super().__init__(plan, options)
+        if options.rank is not None:
+            raise ValueError(f"rank is of output='lora', a checkpoint has none: got rank={options.rank}")
+        self.names = list(plan.merged)
+        stored = {name: (self._dtype(name), plan.base.shape(name)) for name in plan.base}
+        self.shards = sharded(stored, parse_size(options.max_shard_size))
+
+    def write(self, folder: Path, delta_of: DeltaOf, report: MergeReport) -> None:
+        carry_over(self.plan.base.folder, folder, self.dtype)
+        write_index(folder, self.shards)
+
+    def write_shard(self, shard: Shard, file: Path, delta_on: DeltaOn) -> str:
+        base, merged = self.plan.base, self.plan.merged
+        stored = {name: (dtype, shape) for name, dtype, shape in shard.tensors}
+        pieces = [piece for name in stored for piece in pieces_of(base, name, whole=name in merged)]
+
+        def work(piece: Piece, buffer: Tensor) -> Tensor:
+            dtype, name = base.dtype(piece.name), piece.name
+            if name in merged:
+                return self._merged(name, buffer.view(dtype).reshape(base.shape(name)), delta_on)
+            return buffer if dtype == stored[name][0] else rounded(buffer.view(dtype), stored[name][0], name)
+
+        with SafetensorsFile(file, stored) as out:
+
+            def write(piece: Piece, result: Tensor) -> None:
+                if piece.start == 0:
+                    out.begin(piece.name, *stored[piece.name])
+                out.append(result)
+
+            stream(pieces, work, write)
+        return out.digest
+
+    def _dtype(self, name: str) -> torch.dtype:
+        stored = self.plan.base.dtype(name)
+        return self.dtype if self.dtype is not None and stored in MERGEABLE else stored
+
+    def _merged(self, name: str, tensor: Tensor, delta_on: DeltaOn) -> Tensor:
+        """Return base + delta, in the base's own memory where the dtype stays."""
+        dtype, stored = self._dtype(name), as_matrix(tensor)
+        delta = delta_on(name, at_least_float32(stored))
+        out = stored if dtype == stored.dtype else torch.empty(stored.shape, dtype=dtype)
+        return add_rounded(stored, delta, out, name)
+
+
+def add_rounded(stored: Tensor, delta: Delta, out: Tensor, name: str) -> Tensor:
+    """Put ``stored + delta`` (m, n), computed in float32 or more and rounded once, into ``out``, which is returned.
+
+    ``out`` may be ``stored``.
+
+    Raises:
+        ValueError: the result holds NaN or Inf.
+    """
+    factors = delta.factors()
+    dense = delta.dense() if factors is None else None
+    largest = torch.finfo(out.dtype).max
+    step = max(1, SLICE // max(stored.shape[1], 1))
+    for start in range(0, len(stored), step):
+        rows = slice(start, start + step)
+        total = at_least_float32(stored[rows])  # (rows, n)
+        if factors is not None:
+            total = torch.addmm(total, factors[0][rows], factors[1])
+        else:
+            assert dense is not None
+            total = total + dense[rows]
+        out[rows] = total
+        if not all(abs(end) <= largest for end in map(float, total.aminmax())):  # one pass, where isfinite takes four
+            rounded(out[rows], out.dtype, name)
+    return out

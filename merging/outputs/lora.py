@@ -1,0 +1,109 @@
+"""The merged delta as a LoRA adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orthoft.delta import Delta, LowRank
+from orthoft.merging.names import inputs_first
+from orthoft.merging.outputs.registry import DeltaOf, Options, Output, output, rounded
+from orthoft.merging.plan import MergePlan
+from orthoft.merging.report import MergeReport, WeightReport
+from orthoft.merging.safetensors_file import SafetensorsFile
+from orthoft.merging.source import AdapterSource
+from orthoft.merging.writer import write_json
+
+EMBEDDING = re.compile(r"(.*[._])?(embeddings?|embed_\w+|wte|wpe|shared)")
+
+
+@output("lora")
+class LoraOutput(Output):
+    """The merged delta as a PEFT LoRA adapter of scale 1, named as the first adapter among the sources names modules.
+
+    Holds 2-D weights of linear layers; vectors, convolutions and embeddings are listed in the report as not carried.
+    """
+
+    def __init__(self, plan: MergePlan, options: Options) -> None:
+        super().__init__(plan, options)
+        rank = options.rank
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+            raise ValueError(f"rank is a positive number, got {rank!r}")
+        self.names = [name for name, item in plan.merged.items() if _is_linear(name, item.shape)]
+        if not self.names:
+            raise ValueError("output='lora' needs a linear weight to change, and the sources change none")
+        dense = [name for name in self.names if plan.merged[name].rank is None]
+        if rank is None and dense:
+            raise ValueError(
+                f"output='lora' needs a rank here: {len(dense)} merged weights, e.g. {dense[0]!r}, have no factors "
+                f"(they merge in space {plan.merged[dense[0]].space.name!r})"
+            )
+
+    def keep(self, delta: Delta, entry: WeightReport) -> LowRank:
+        factors, rank = delta.factors(), self.options.rank
+        if factors is not None and (rank is None or factors[0].shape[1] <= rank):
+            return LowRank(*factors)
+        kept, lost = delta.truncated(rank or min(delta.shape))
+        entry.rank, entry.truncation_error = kept.rank(), float(lost) / entry.norm if entry.norm > 0 else 0.0
+        return kept
+
+    def write(self, folder: Path, delta_of: DeltaOf, report: MergeReport) -> None:
+        namer = next(
+            (source for source in self.plan.sources if isinstance(source, AdapterSource)), self.plan.sources[0]
+        )
+        modules = {name: namer.module(name) for name in self.names}
+        keys = [f"base_model.model.{module}.lora_{factor}.weight" for module in modules.values() for factor in "AB"]
+        ranks: dict[str, int] = {}
+        flipped = {name: self._inputs_first(name) for name in self.names}
+        with SafetensorsFile(folder / "adapter_model.safetensors", keys) as file:
+            for name, module in modules.items():
+                delta = delta_of(name)
+                factors = (delta.transposed() if flipped[name] else delta).factors()
+                assert factors is not None
+                for factor, tensor in zip("BA", factors, strict=True):
+                    key = f"base_model.model.{module}.lora_{factor}.weight"
+                    file.write(key, rounded(tensor, self.dtype or torch.float32, name))
+                ranks[module] = factors[0].shape[1]
+        tasks = {source.config["task_type"] for source in self.plan.sources if source.config.get("task_type")}
+        config = lora_config(
+            ranks,
+            base_model_name_or_path=self.options.base,
+            task_type=tasks.pop() if len(tasks) == 1 else None,
+            fan_in_fan_out=any(flipped.values()),
+        )
+        write_json(folder / "adapter_config.json", config)
+        left = [f"{name}: not the weight of a linear layer" for name in self.plan.merged if name not in flipped]
+        report.not_carried |= {"output": left} if left else {}
+
+    def _inputs_first(self, name: str) -> bool:
+        told = [source.inputs_first[name] for source in self.plan.sources if name in source.inputs_first]
+        return told[0] if told else inputs_first(self.plan.base, name)
+
+
+def lora_config(ranks: Mapping[str, int], **fields: Any) -> dict[str, Any]:
+    """Return the adapter_config.json of LoRAs of scale 1: one rank, or one per module by its full name, longest first.
+
+    ``fields`` are added to it.
+    """
+    rank = max(ranks.values())
+    pattern = {} if len(set(ranks.values())) == 1 else {m: ranks[m] for m in sorted(ranks, key=len, reverse=True)}
+    return {
+        "peft_type": "LORA",
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": list(ranks),
+        "bias": "none",
+        **fields,
+    }
+
+
+def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    return name.endswith(".weight") and len(shape) == 2 and not EMBEDDING.fullmatch(name.split(".")[-2])

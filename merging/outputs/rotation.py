@@ -1,0 +1,104 @@
+"""The merged rotations as an OFTv2 adapter again."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orthoft.delta import Delta, Rotated, Transposed
+from orthoft.merging.lie_algebra import generator
+from orthoft.merging.outputs.registry import DeltaOf, Options, Output, output, rounded
+from orthoft.merging.plan import MergePlan
+from orthoft.merging.report import MergeReport
+from orthoft.merging.safetensors_file import SafetensorsFile
+from orthoft.merging.source import AdapterSource
+from orthoft.merging.writer import write_json
+
+KINDS = ("ORTHOFT_OFTV2", "OFT")
+
+
+@output("rotation")
+class RotationOutput(Output):
+    """The merged rotations as an adapter of our OFTv2 with the exact map, which PEFT loads once orthoft is imported.
+
+    All sources have to be block rotations, merged in space "rotation". What they save beside them (biases, heads) is
+    listed in the report as not carried.
+    """
+
+    def __init__(self, plan: MergePlan, options: Options) -> None:
+        super().__init__(plan, options)
+        if options.rank is not None:
+            raise ValueError(f"rank is of output='lora', a rotation has none: got rank={options.rank}")
+        others = [f"{source.name} ({source.kind})" for source in plan.sources if source.kind not in KINDS]
+        if others:
+            raise ValueError(f"output='rotation' needs sources that are block rotations (OFT), not {', '.join(others)}")
+        adapters = [source for source in plan.sources if isinstance(source, AdapterSource)]
+        self._namer = adapters[0]
+        adapted = {name for source in adapters for name in source.adapter_ranks}
+        self.names = [name for name in plan.merged if name in adapted]
+        if not self.names:
+            raise ValueError("output='rotation' needs a rotated weight, and the sources rotate none")
+        self._refuse_other_geometry(plan)
+
+    def _refuse_other_geometry(self, plan: MergePlan) -> None:
+        elsewhere = next((name for name in self.names if plan.merged[name].space.name != "rotation"), None)
+        if elsewhere is not None:
+            raise ValueError(
+                f"output='rotation' needs space='rotation': {elsewhere!r} merges in space "
+                f"{plan.merged[elsewhere].space.name!r}, where rotations do not stay rotations"
+            )
+        choices = [plan.merged[name].choice for name in self.names]
+        if any(choice.finish or choice.post.scale != 1.0 or choice.space_params["conflict"] for choice in choices):
+            raise ValueError(
+                "output='rotation' holds rotations alone: take neither a scale of the result nor conflict=True, nor a "
+                f"method that scales the whole model, got method {plan.wish.method.name!r}"
+            )
+
+    def write(self, folder: Path, delta_of: DeltaOf, report: MergeReport) -> None:
+        modules = {name: self._namer.module(name) for name in self.names}
+        keys = {name: f"base_model.model.{module}.orthoft_oftv2_adapter.skew" for name, module in modules.items()}
+        sizes: dict[str, int] = {}
+        with SafetensorsFile(folder / "adapter_model.safetensors", keys.values()) as file:
+            for name, key in keys.items():
+                rotated = _rotated(name, delta_of(name))
+                sizes[modules[name]] = size = rotated.update.shape[-1]
+                rows, cols = torch.triu_indices(size, size, 1)
+                skew = generator(rotated.update.mT.double(), "cayley")[:, rows, cols]  # (g, b (b - 1) / 2)
+                file.write(key, rounded(skew, self.dtype or torch.float32, name))
+        write_json(folder / "adapter_config.json", self._config(sizes))
+        left = [f"{name}: no rotation" for name in self.plan.merged if name not in keys]
+        report.not_carried |= {"output": left} if left else {}
+
+    def _config(self, sizes: Mapping[str, int]) -> dict[str, Any]:
+        usual = Counter(sizes.values()).most_common(1)[0][0]
+        tasks = {source.config["task_type"] for source in self.plan.sources if source.config.get("task_type")}
+        return {
+            "peft_type": "ORTHOFT_OFTV2",
+            "base_model_name_or_path": self.options.base,
+            "task_type": tasks.pop() if len(tasks) == 1 else None,
+            "inference_mode": True,
+            "block_size": usual,
+            "block_size_pattern": {re.escape(module): size for module, size in sizes.items() if size != usual},
+            "block_share": False,
+            "map": "cayley",
+            "degree": 5,
+            "radius": None,
+            "dropout": 0.0,
+            "bias": "none",
+            "target_modules": list(sizes),
+        }
+
+
+def _rotated(name: str, delta: Delta) -> Rotated:
+    inner = delta.inner if isinstance(delta, Transposed) else delta
+    if not isinstance(inner, Rotated):
+        raise ValueError(
+            f"the merge of {name!r} is no block rotation: a source saved it whole beside its rotation, or its "
+            "series is too far from orthogonal: take output='checkpoint'"
+        )
+    return inner

@@ -1,0 +1,72 @@
+"""A merge as a YAML file: what ``orthoft merge CONFIG`` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt, ValidationError
+
+from orthoft.recipes.load import RecipeError, error_lines, overridden, read_yaml
+from orthoft.recipes.schema import Dtype, MergeWords
+from orthoft.recipes.strict import PathText, Strict
+
+
+class JobSource(Strict):
+    """One fine-tuned model: a folder or a Hub id, how much it counts, and the file of its statistics."""
+
+    path: PathText
+    name: str | None = None
+    weight: float | None = None
+    statistics: PathText | None = None
+
+
+class MergeJob(MergeWords):
+    """One call of ``orthoft.merging.merge``. Relative paths start at the current directory."""
+
+    base: PathText
+    sources: Annotated[list[PathText | JobSource], Field(min_length=1)]
+    output: PathText
+    as_: Literal["checkpoint", "lora", "rotation", "delta"] = Field("checkpoint", alias="as")
+    dtype: Dtype | None = None
+    rank: PositiveInt | None = None
+    max_shard_size: str | PositiveInt = "5GB"
+    seed: int = 0
+    device: str = "cpu"
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of ``orthoft.merging.merge``."""
+        sources = [JobSource(path=one) if isinstance(one, str) else one for one in self.sources]
+        names = [source.name or Path(source.path).name for source in sources]
+        weighted = any(source.weight is not None for source in sources)
+        return {
+            **self.words(),
+            "base": self.base,
+            "sources": [(source.name, source.path) if source.name else source.path for source in sources],
+            "weights": [1.0 if source.weight is None else source.weight for source in sources] if weighted else None,
+            "statistics": {n: s.statistics for n, s in zip(names, sources, strict=True) if s.statistics},
+            "out": self.output,
+            "output": self.as_,
+            "dtype": self.dtype,
+            "rank": self.rank,
+            "max_shard_size": self.max_shard_size,
+            "seed": self.seed,
+            "device": self.device,
+        }
+
+
+def load_job(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> MergeJob:
+    """Return the checked merge of a YAML file or a mapping, after overrides as ``params.density=0.3``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RecipeError: anything else; one line per mistake.
+    """
+    raw = dict(config) if isinstance(config, Mapping) else read_yaml(Path(config).expanduser())
+    for override in overrides:
+        raw = overridden(raw, override)
+    try:
+        return MergeJob.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError("\n".join(error_lines(error, raw))) from None

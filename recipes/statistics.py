@@ -1,0 +1,238 @@
+"""Statistics of a fine-tuned model, which some merge methods use: Fisher information, Gram matrices, second moments.
+
+The files are those of `orthoft.merging.statistics`. The model may carry PEFT adapters of any kind that can be merged:
+the statistics are of the adapted weights, under the names that the base has for them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from orthoft.errors import unknown
+from orthoft.merging.statistics import statistics_file
+from orthoft.recipes.base_weights import adapters_merged, base_parameters, linear_layers
+
+Batch = dict[str, Any]
+Count = Callable[[int], object]
+Found = TypeVar("Found")
+
+
+def collect(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    kind: Literal["fisher", "gram"],
+    out: str | Path,
+    *,
+    examples: int = 256,
+    only: Sequence[str] = ("*",),
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Write the statistics of a model on the first ``examples`` of some batches, and return the file.
+
+    Runs in evaluation mode and leaves the model as it was, bit for bit. Sums are kept in float32 on the model's device.
+
+    Args:
+        batches: keyword arguments of the model, with ``labels`` for "fisher"; tensors have one row per example.
+        kind: "fisher", see `squared_gradients`, or "gram", see `input_grams`.
+        out: a file that ends in .safetensors, or a folder for ``statistics.safetensors``.
+        only: glob patterns of the base's names of weights, of which one has to match.
+
+    Raises:
+        ValueError: an unknown kind, no examples, a model that gives no loss, or no weight that matches.
+        FileExistsError: the file exists.
+    """
+    makers = {"fisher": squared_gradients, "gram": input_grams}
+    if kind not in makers:
+        raise unknown("kind of statistics to collect", kind, makers)
+    file = _free(statistics_file(out), overwrite)
+    seen = 0
+    with tqdm(total=examples, desc=kind, unit="example", disable=not progress) as bar, _evaluation(model):
+
+        def count(size: int) -> None:
+            nonlocal seen
+            seen += size
+            bar.update(size)
+
+        sums = makers[kind](model, _first(batches, examples, next(model.parameters()).device), only, count)
+    if not seen:
+        raise ValueError("there are no examples: the batches are empty")
+    return _save({name: total / seen for name, total in sums.items()}, file, {"kind": kind, "examples": str(seen)})
+
+
+def from_optimizer(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    out: str | Path,
+    *,
+    only: Sequence[str] = ("*",),
+    overwrite: bool = False,
+) -> Path:
+    """Write Adam's second moments ``v / (1 - beta_2^step)`` of the base's weights that it trains; return the file.
+
+    They are those that Adam divides by. Parameters of adapters have none that speak of the base's weights.
+
+    Raises:
+        ValueError: the optimizer has second moments of none of the base's weights.
+        FileExistsError: the file exists.
+    """
+    file = _free(statistics_file(out), overwrite)
+    trained = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
+    decay = {parameter: group["betas"][1] for parameter, group in trained if "betas" in group}
+    moments, steps = {}, 0
+    for name, parameter in _wanted(base_parameters(model), only):
+        state = optimizer.state.get(parameter, {})
+        if "exp_avg_sq" in state:
+            steps = int(state["step"])
+            moments[name] = state["exp_avg_sq"].float() / (1 - decay[parameter] ** steps)
+    return _save(moments, file, {"kind": "second_moment", "steps": str(steps)})
+
+
+def squared_gradients(
+    model: nn.Module, batches: Iterable[Batch], only: Sequence[str], count: Count
+) -> dict[str, Tensor]:
+    """Return the sums over examples of the squared gradient of the loss, by the base's names of the weights.
+
+    The empirical Fisher information (its diagonal) is their mean: the gradient is that of each example alone, one
+    after the other, at the labels in the batch (give labels drawn from the model for the true Fisher information).
+    Adapters are merged for the time being. Weights that the loss does not depend on are left out.
+
+    Raises:
+        ValueError: the model gives no loss.
+    """
+    sums: dict[str, Tensor] = {}
+    with adapters_merged(model):
+        found = _wanted(base_parameters(model), only)
+        parameters = [parameter for _, parameter in found]
+        with _differentiable(parameters), torch.enable_grad():
+            for example in _one_by_one(batches):
+                gradients = torch.autograd.grad(_loss(model, example), parameters, allow_unused=True)
+                for (name, _), gradient in zip(found, gradients, strict=True):
+                    if gradient is not None:
+                        square = gradient.float().square()
+                        sums[name] = square if name not in sums else sums[name].add_(square)
+                count(1)
+    return sums
+
+
+@torch.no_grad()
+def input_grams(model: nn.Module, batches: Iterable[Batch], only: Sequence[str], count: Count) -> dict[str, Tensor]:
+    """Return ``X^T X`` of the inputs (tokens, n) of each linear layer, summed, by the base's names of the weights.
+
+    (1, n, n), or (n, n, 1) of a Conv1D, as in `orthoft.merging.statistics`. An adapted layer's inputs are those before
+    its adapter. Tokens that ``attention_mask`` (b, t) hides are left out of inputs (b, t, n). Layers that are not
+    called are left out; of those called several times, all inputs count.
+    """
+    sums: dict[str, Tensor] = {}
+    mask: Tensor | None = None
+
+    def add(name: str, inputs_first: bool, x: Tensor) -> None:
+        hides = mask is not None and x.ndim == 3 and x.shape[:2] == mask.shape
+        rows = (x[mask.bool()] if hides and mask is not None else x.flatten(0, -2)).float()  # (tokens, n)
+        if name not in sums:
+            n = rows.shape[1]
+            sums[name] = rows.new_zeros((n, n, 1) if inputs_first else (1, n, n))
+        sums[name].view(rows.shape[1], -1).addmm_(rows.mT, rows)
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name, first=first: add(name, first, args[0]))
+        for name, (layer, first) in _wanted(linear_layers(model), only)
+    ]
+    try:
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            model(**batch)
+            count(_size(batch))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sums
+
+
+def _first(batches: Iterable[Mapping[str, Any]], examples: int, device: torch.device) -> Iterator[Batch]:
+    """Give the batches up to a number of examples, the last one cut, on the device."""
+    left = examples
+    for batch in batches:
+        if left <= 0:
+            return
+        yield {key: value[:left].to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        left -= _size(batch)
+
+
+def _one_by_one(batches: Iterable[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        for i in range(_size(batch)):
+            yield {key: value[i : i + 1] if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def _size(batch: Mapping[str, Any]) -> int:
+    return next((len(value) for value in batch.values() if isinstance(value, Tensor)), 0)
+
+
+def _loss(model: nn.Module, example: Batch) -> Tensor:
+    loss: Tensor | None = model(**example).get("loss")
+    if loss is None:
+        raise ValueError(f"the model gives no loss for {', '.join(example)}: the batches need its labels")
+    return loss
+
+
+def _wanted(weights: Iterable[tuple[str, Found]], only: Sequence[str]) -> list[tuple[str, Found]]:
+    found = [(name, what) for name, what in weights if any(fnmatchcase(name, pattern) for pattern in only)]
+    if not found:
+        raise ValueError(f"the model has no weight of such a kind that is named like {' or '.join(only)}")
+    return found
+
+
+def _free(file: Path, overwrite: bool) -> Path:
+    if file.exists() and not overwrite:
+        raise FileExistsError(f"statistics exist: {file} (choose another file, or replace it by overwrite)")
+    return file
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str]) -> Path:
+    """Write the file under another name first: it is there when it is complete."""
+    if not tensors:
+        raise ValueError(
+            f"there are no {metadata['kind']} statistics of any of the base's weights: none of them was used"
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+    return file
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _differentiable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    before = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, required in zip(parameters, before, strict=True):
+            parameter.requires_grad_(required)
