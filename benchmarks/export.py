@@ -107,7 +107,7 @@ def main() -> None:
     largest = 4 * vocabulary * args.width / 1e6
     print(f"{nbytes / 1e9:.2f} GB of bfloat16, width {args.width}, {args.tasks} LoRAs of rank {args.rank}")
     print(
-        f"threads: {torch.get_num_threads()}, medians of {args.repeats}; bytes read and written: {2 * nbytes / 1e9:.2f} GB"
+        f"{torch.get_num_threads()} thread(s), medians of {args.repeats}; read and written: {2 * nbytes / 1e9:.2f} GB"
     )
     print()
     print("| | seconds |")
@@ -117,7 +117,8 @@ def main() -> None:
     print(f"| ratio | {ours / copied:.2f} |")
     print()
     print(
-        f"resident: {before:.0f} MB after imports, {peak:.0f} MB at the peak; largest weight in float32: {largest:.0f} MB"
+        f"resident: {before:.0f} MB after imports, {peak:.0f} MB at the peak; "
+        f"the largest weight has {largest:.0f} MB in float32"
     )
 
 

@@ -126,7 +126,7 @@ def _left_out(source: Source, merged: Mapping[str, WeightPlan]) -> list[str]:
 
 
 def _notes(base: TensorFolder, sources: Sequence[Source], merged: Mapping[str, WeightPlan]) -> list[str]:
-    notes = []
+    notes = [note for source in sources for note in source.notes]
     kinds = dict.fromkeys(source.kind for source in sources)
     if len(kinds) > 1:
         notes.append("sources of different kinds: " + ", ".join(f"{source.name} ({source.kind})" for source in sources))

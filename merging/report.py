@@ -43,7 +43,8 @@ class MergeReport:
     """What a merge read, did and wrote.
 
     ``scale`` is the global factor of methods that have one. ``not_carried`` lists, by source, what the output does not
-    hold; ``notes`` say what is worth knowing about this combination.
+    hold; ``notes`` say what is worth knowing about this combination; ``config`` are the words of the merge, as
+    ``orthoft merge`` reads them.
     """
 
     base: str
@@ -62,6 +63,7 @@ class MergeReport:
     seconds: float = 0.0
     peak_bytes: int = 0
     version: str = __version__
+    config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def norm(self) -> float:

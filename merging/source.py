@@ -124,7 +124,7 @@ class AdapterSource(Source):
         """Return an adapted weight as the (m, n) matrix before the adapter: the one saved with it, or the base's."""
         rows = as_matrix(at_least_float32(base[name]))
         if name in self._saved:
-            rows = rows + self._replacement(name, rows).dense()
+            rows = self._replacement(name, rows).saved(0, len(rows))
         return rows.mT if self.inputs_first[name] else rows
 
     def adapted(self, name: str, weight: Tensor) -> Delta:
@@ -140,7 +140,7 @@ class AdapterSource(Source):
             raise ValueError(f"source {self.name!r}: {reason}") from error
         return delta.transposed() if flipped else delta
 
-    def _replacement(self, name: str, weight: Tensor) -> Delta:
+    def _replacement(self, name: str, weight: Tensor) -> Replaced:
         key = self._saved[name]
         return Replaced(self._file.tensors, key, weight, f"source {self.name!r}: tensor {key!r}")
 

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ def stream(
     ahead: deque[tuple[Piece, Future[Tensor]]] = deque()
     behind: deque[tuple[int, Future[None]]] = deque()
     flying = 0
-    files: dict[Path, IO[bytes]] = {}
+    files: dict[Path, FileIO] = {}
 
     def room() -> bool:
         return bool(pending) and (not flying or flying + pending[0].nbytes <= limit)
@@ -91,10 +91,10 @@ def stream(
             file.close()
 
 
-def _read(piece: Piece, buffer: Tensor, files: dict[Path, IO[bytes]]) -> Tensor:
+def _read(piece: Piece, buffer: Tensor, files: dict[Path, FileIO]) -> Tensor:
     if piece.file not in files:
-        files[piece.file] = piece.file.open("rb", buffering=0)
-    file, view, done = files[piece.file], memoryview(buffer.numpy()), 0
+        files[piece.file] = FileIO(piece.file)
+    file, view, done = files[piece.file], buffer.numpy().data, 0
     file.seek(piece.offset + piece.start)
     while done < piece.nbytes:
         count = file.readinto(view[done:])

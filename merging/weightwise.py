@@ -19,7 +19,7 @@ from orthoft.merging.spectra import isotropised
 
 Rescale = Literal["none", "weight", "model"]
 RESCALE = ("none", "weight", "model")
-SLICE = 1 << 21  # entries of one task in a slice of rows: 8 MB, which stays in the caches' reach
+SLICE = 1 << 17  # entries of one task in a slice of rows: small enough that all tasks' slices stay in the caches
 Statistics = Sequence[Tensor | None]
 
 

@@ -129,4 +129,4 @@ def test_merging_reads_files_by_itself() -> None:
         "orthoft.sparse",
     }
     others = {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names)
-    assert others == {"orthoft", "torch", "safetensors", "huggingface_hub", "tqdm"}
+    assert others == {"orthoft", "torch", "safetensors", "huggingface_hub", "tqdm", "jinja2", "yaml"}

@@ -32,6 +32,7 @@ CASES: dict[str, Words] = {
     "checkpoint": {"method": "ties"},
     "scaled": {"method": "opcm"},
     "lora": {"method": "mean", "output": "lora", "rank": 3},
+    "delta": {"method": "task_arithmetic", "output": "delta"},
 }
 
 

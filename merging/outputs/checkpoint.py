@@ -73,7 +73,8 @@ class CheckpointOutput(Output):
 def add_rounded(stored: Tensor, delta: Delta, out: Tensor, name: str) -> Tensor:
     """Put ``stored + delta`` (m, n), computed in float32 or more and rounded once, into ``out``, which is returned.
 
-    ``out`` may be ``stored``.
+    ``out`` may be ``stored``. The float32 sum is itself rounded: where that makes it the exact middle of two numbers of
+    half precision, 2^-17 of all entries on random weights, the farther of two equally good neighbours may be taken.
 
     Raises:
         ValueError: the result holds NaN or Inf.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,13 @@ from typing import Any
 import torch
 
 from orthoft.delta import Delta, LowRank
-from orthoft.merging.names import inputs_first
+from orthoft.merging.names import EMBEDDING, inputs_first
 from orthoft.merging.outputs.registry import DeltaOf, Options, Output, output, rounded
 from orthoft.merging.plan import MergePlan
 from orthoft.merging.report import MergeReport, WeightReport
 from orthoft.merging.safetensors_file import SafetensorsFile
 from orthoft.merging.source import AdapterSource
 from orthoft.merging.writer import write_json
-
-EMBEDDING = re.compile(r"(.*[._])?(embeddings?|embed_\w+|wte|wpe|shared)")
 
 
 @output("lora")

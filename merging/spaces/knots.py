@@ -9,8 +9,8 @@ from torch import Tensor
 
 from orthoft.delta import Delta, LowRank
 from orthoft.merging.spaces.registry import Decode, space
+from orthoft.merging.spectra import RANGE
 
-RANGE = 1e-5  # singular values below this share of the largest are dropped, as rounding errors of float32 deltas
 Part = tuple[Tensor, Tensor | None]  # a delta L A, or L alone
 
 

@@ -1,4 +1,7 @@
-"""Rotations in their Lie algebra; of any other change the rotation that explains most, and the rest. OrthoMerge."""
+"""Rotations in their Lie algebra; of any other change the rotation that explains most, and the rest. OrthoMerge.
+
+arXiv 2602.05943.
+"""
 
 from __future__ import annotations
 

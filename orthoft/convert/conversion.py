@@ -14,7 +14,7 @@ from torch import Tensor
 
 from orthoft.errors import unknown
 from orthoft.merging.hub import base_of, find_folder
-from orthoft.merging.outputs.lora import EMBEDDING
+from orthoft.merging.names import EMBEDDING
 from orthoft.merging.source import AdapterSource
 from orthoft.merging.tensors import TensorFolder
 from orthoft.merging.writer import new_folder, refuse_existing, write_json

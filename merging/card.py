@@ -1,0 +1,86 @@
+"""The model card of a merge: what was merged and how, the words that do it again, and whom to cite."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from orthoft.merging.methods import get_method
+from orthoft.merging.report import MergeReport
+from orthoft.merging.spaces import SPACES
+
+ARXIV = re.compile(r"\b\d{4}\.\d{4,5}\b")
+LOAD = {
+    "checkpoint": 'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("{out}")',
+    "lora": (
+        "from peft import PeftModel\nfrom transformers import AutoModel\n\n"
+        'model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "{out}")'
+    ),
+    "rotation": (
+        "import orthoft\nfrom peft import PeftModel\nfrom transformers import AutoModel\n\n"
+        'model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "{out}")'
+    ),
+    "delta": 'from orthoft.merging import merge\n\nmerge("{base}", ["{out}"], "merged", method="task_arithmetic")',
+}
+LIBRARY = {"checkpoint": "transformers", "lora": "peft", "rotation": "peft", "delta": "orthoft"}
+
+
+def model_card(report: MergeReport) -> str:
+    """Return the README.md of a merge: front matter of the Hub, sources, method, recipe, loading, citations."""
+    front = {
+        "base_model": report.base,
+        "base_model_relation": "merge" if report.output_kind == "checkpoint" else "adapter",
+        "library_name": LIBRARY[report.output_kind],
+        "tags": ["merge", "orthoft", report.method],
+    }
+    weights = dict(zip(report.sources, report.weights, strict=True))
+    sources = [f"| {name} | {kind} | {weights[name]:g} |" for name, kind in report.sources.items()]
+    spaces = dict.fromkeys(entry.space for entry in report.merged)
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).rstrip(),
+        "---",
+        "",
+        f"# A merge of {len(report.sources)} fine-tuned models",
+        "",
+        f"Merged by `{report.method}` ({_sentence(report.method)}) in space {', '.join(spaces)}, with "
+        f"orthoft {report.version}, onto the base `{report.base}`: {len(report.merged)} weights changed, by a Frobenius "
+        f"norm of {report.norm:.4g} in all. What the merge did, weight by weight, is in `report.json` and `report.html`.",
+        "",
+        "| source | kind | weight |",
+        "|---|---|---|",
+        *sources,
+        "",
+        "## Use",
+        "",
+        f"```python\n{LOAD[report.output_kind].format(base=report.base, out=report.output)}\n```",
+        "",
+        "## Recipe",
+        "",
+        "`orthoft merge` with this file does the same again:",
+        "",
+        f"```yaml\n{yaml.safe_dump(dict(report.config), sort_keys=False).rstrip()}\n```",
+        "",
+        *(["## Notes", "", *(f"* {note}" for note in report.notes), ""] if report.notes else []),
+        *(["## Cite", "", *_citations(report.method, spaces), ""]),
+    ]
+    return "\n".join(lines)
+
+
+def papers(function: Any) -> list[str]:
+    """Return the arXiv ids in the docstring of a function's module."""
+    return ARXIV.findall(sys.modules[function.__module__].__doc__ or "")
+
+
+def _sentence(method: str) -> str:
+    text = (sys.modules[get_method(method).merge.__module__].__doc__ or "").partition("\n")[0]
+    return re.sub(r"\.? *arXiv.*", "", text).rstrip(".")
+
+
+def _citations(method: str, spaces: Mapping[str, None]) -> list[str]:
+    found = {method: papers(get_method(method).merge), **{space: papers(SPACES[space].encode) for space in spaces}}
+    return [f"* {name}: https://arxiv.org/abs/{paper}" for name, ids in found.items() for paper in ids]
