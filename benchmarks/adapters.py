@@ -7,13 +7,14 @@ python benchmarks/adapters.py --width 2048 4096 --tokens 128 1024 4096 --dtype f
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
+import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import peft
 import torch
+from timing import medians, print_header, print_row, seconds
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
@@ -66,12 +67,6 @@ class Blocks(nn.Module):
         return hidden
 
 
-def now() -> float:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
     """Bytes that autograd keeps for backward, each storage once, the model's own tensors left out."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -89,13 +84,6 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
     return total
 
 
-def seconds(model: nn.Module, x: Tensor) -> tuple[float, float]:
-    """Return the wall-clock and the processor time of one forward + backward."""
-    start, spent = now(), time.process_time()
-    model(x).sum().backward()
-    return now() - start, time.process_time() - spent
-
-
 def adapted(
     make: Callable[[int, torch.dtype], nn.Module], width: int, dtype: torch.dtype, only: str
 ) -> dict[str, nn.Module]:
@@ -110,52 +98,43 @@ def adapted(
     return models
 
 
-def forward_backward(models: dict[str, nn.Module], x: Tensor, repeats: int) -> None:
-    """Print a table; runs are interleaved, so that noise meets all alike, and the first round warms up."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    for repeat in range(repeats + 1):
-        for name, model in models.items():
-            seconds(model, x)  # leaves memory as this model needs it, not the one before
-            took = seconds(model, x)
-            if repeat:
-                times[name].append(took)
-    medians = {n: [statistics.median(column) for column in zip(*took, strict=True)] for n, took in times.items()}
+def step(model: nn.Module, x: Tensor) -> None:
+    model(x).sum().backward()
+
+
+def forward_backward(title: str, models: dict[str, nn.Module], x: Tensor, repeats: int) -> None:
+    """Print a table of ratios to the frozen model, and of what autograd keeps."""
+    calls = {name: partial(step, model, x) for name, model in models.items()}
+    took = medians(calls, repeats, settle=math.inf)
     kept = saved_bytes(models["frozen"], x)
-    print("| | wall time / frozen | CPU time / frozen | saved / one input |\n|---|---|---|---|")
+    print_header(title, "", "wall time / frozen", "CPU time / frozen", "saved / one input")
     for name, model in models.items():
-        wall, cpu = (mine / floor for mine, floor in zip(medians[name], medians["frozen"], strict=True))
+        wall, cpu = (mine / floor for mine, floor in zip(took[name], took["frozen"], strict=True))
         saved = (saved_bytes(model, x) - kept) / (x.numel() * x.element_size())
-        print(f"| {name} | {wall:.2f} | {cpu:.2f} | {saved:.2f} |", flush=True)
+        print_row(name, f"{wall:.2f}", f"{cpu:.2f}", f"{saved:.2f}")
 
 
 def merge_times(width: int, repeats: int, only: str) -> None:
     models = adapted(OneLayer, width, torch.float32, only)
-    print(f"\nMerge and unmerge of one {width} x {width} layer, float32\n\n| | merge s | unmerge s |\n|---|---|---|")
+    print_header(f"Merge and unmerge of one {width} x {width} layer, float32", "", "merge s", "unmerge s")
     for name, model in models.items():
         if name == "frozen":
             continue
-        took: list[tuple[float, float]] = []
-        for _ in range(repeats + 1):
-            start = now()
-            model.merge_adapter()
-            merged = now()
-            model.unmerge_adapter()
-            took.append((merged - start, now() - merged))
-        merge, unmerge = (statistics.median(column) for column in zip(*took[1:], strict=True))
-        print(f"| {name} | {merge:.2f} | {unmerge:.2f} |", flush=True)
+        calls = {"merge": model.merge_adapter, "unmerge": model.unmerge_adapter}
+        took = medians(calls, repeats, settle=0)
+        print_row(name, *(f"{wall:.2f}" for wall, _ in took.values()))
 
 
 def export_times(width: int, only: str) -> None:
     """Print the seconds that a LoRA takes: exact, or cut to rank 16 (one SVD of the change)."""
     models = adapted(OneLayer, width, torch.float32, only)
-    print(f"\nOne {width} x {width} layer as a LoRA, float32\n\n| | s | |\n|---|---|---|")
+    print_header(f"One {width} x {width} layer as a LoRA, float32", "", "s", "")
     for name, model in models.items():
         if not name.startswith("orthoft"):
             continue
         exact = "HRA" in name or "PSOFT" in name
-        start = now()
-        to_lora(model, rank=None if exact else 16)
-        print(f"| {name} | {now() - start:.2f} | {'exact' if exact else 'rank 16'} |", flush=True)
+        wall, _ = seconds(partial(to_lora, model, rank=None if exact else 16))
+        print_row(name, f"{wall:.2f}", "exact" if exact else "rank 16")
 
 
 def main() -> None:
@@ -173,9 +152,9 @@ def main() -> None:
             for width in args.width if part == "layer" else [512]:
                 models = adapted(make, width, dtype, args.only)
                 for tokens in args.tokens if part == "layer" else [1024]:
-                    print(f"\nForward + backward, {part}, width {width}, {tokens} tokens, {dtype}\n")
+                    title = f"Forward + backward, {part}, width {width}, {tokens} tokens, {dtype}"
                     x = torch.randn(tokens, width, dtype=dtype, device=DEVICE, requires_grad=True)
-                    forward_backward(models, x, args.repeats)
+                    forward_backward(title, models, x, args.repeats)
     if "merge" in args.parts:
         merge_times(4096, min(3, args.repeats), args.only)
     if "export" in args.parts:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 ONCE = r"""
 import json, re, sys, time
-import orthoft.merging.diagnostics, tqdm.auto
+import orthoft.merging.reports.diagnostics, tqdm.auto
 from orthoft.merging import merge
 def peak():  # of this process alone; ru_maxrss begins with that of the parent
     return int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])

@@ -3,14 +3,14 @@
 merge("base", ["adapter-a", "adapter-b"], "merged", method="opcm")
 """
 
-from orthoft.merging import boft_reader, lora_reader, peft_readers, tokens, vera_reader
 from orthoft.merging.engine import merge
+from orthoft.merging.formats import READERS
 from orthoft.merging.in_memory import merge_deltas
 from orthoft.merging.methods import METHODS, method
 from orthoft.merging.outputs import OUTPUTS
 from orthoft.merging.plan import MergePlan, plan
-from orthoft.merging.readers import READERS
-from orthoft.merging.report import MergeReport, WeightReport
+from orthoft.merging.reports.inspection import InspectReport, inspect_sources
+from orthoft.merging.reports.report import MergeReport, WeightReport
 from orthoft.merging.spaces import SPACES, space
 
 __all__ = [
@@ -18,17 +18,14 @@ __all__ = [
     "OUTPUTS",
     "READERS",
     "SPACES",
+    "InspectReport",
     "MergePlan",
     "MergeReport",
     "WeightReport",
-    "boft_reader",
-    "lora_reader",
+    "inspect_sources",
     "merge",
     "merge_deltas",
     "method",
-    "peft_readers",
     "plan",
-    "tokens",
-    "vera_reader",
     "space",
 ]

@@ -14,22 +14,24 @@ from torch import Tensor
 
 from orthoft.delta import Delta, Dense, LowRank, Rotated, Transposed
 from orthoft.linalg import at_least_float32
+from orthoft.merging.files.safetensors_file import SafetensorsFile
+from orthoft.merging.files.tensors import TensorFolder, as_matrix
 from orthoft.merging.methods import Finish
 from orthoft.merging.plan import MergePlan
-from orthoft.merging.report import WeightReport
-from orthoft.merging.safetensors_file import SafetensorsFile
-from orthoft.merging.tensors import TensorFolder, as_matrix
+from orthoft.merging.reports.diagnostics import diagnose
+from orthoft.merging.reports.report import WeightReport
 from orthoft.merging.weightwise import merge_weight, weight_generator
 
 
 def merged_delta(
-    plan: MergePlan, name: str, weight: Tensor, scale: float, device: torch.device
+    plan: MergePlan, name: str, weight: Tensor, scale: float, device: torch.device, diagnostics: bool
 ) -> tuple[Delta, WeightReport]:
     """Return the merged delta of one weight, times ``scale``, and what the report says of it.
 
     Args:
         weight: the base's, as a matrix in float32 or more.
         device: where the deltas are merged; the result comes back to the CPU.
+        diagnostics: measure the tasks and the result as well.
 
     Raises:
         ValueError: a tensor of the base or of a source holds NaN or Inf.
@@ -53,6 +55,10 @@ def merged_delta(
     norms = {source: norm for source, norm in norms.items() if source in item.sources}
     entry = WeightReport(name, item.shape, item.space.name, delta.rank(), norms, merged.norm)
     entry.seconds = time.perf_counter() - start
+    if diagnostics:
+        tasks = [task if name in source.ranks else None for source, task in zip(plan.sources, deltas, strict=True)]
+        draw = weight_generator(plan.seed, f"{name}#diagnostics")  # its own: what a method draws is not touched
+        entry.diagnostics = diagnose(tasks, item.choice.weights, delta, weight, draw, plan.base.dtype(name))
     return delta, entry
 
 
@@ -73,7 +79,8 @@ def model_scale(finish: Finish, plan: MergePlan, entries: Mapping[str, WeightRep
 
 def scaled_entry(entry: WeightReport, scale: float) -> WeightReport:
     """Return the report of a delta that is multiplied by ``scale``."""
-    return replace(entry, norm=entry.norm * abs(scale))
+    diagnostics = entry.diagnostics and entry.diagnostics.scaled(scale)
+    return replace(entry, norm=entry.norm * abs(scale), diagnostics=diagnostics)
 
 
 def moved(delta: Delta, device: torch.device) -> Delta:

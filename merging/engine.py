@@ -16,17 +16,18 @@ from torch import Tensor
 from orthoft.delta import Delta
 from orthoft.linalg import at_least_float32
 from orthoft.merging.deltas import load_delta, merged_delta, model_scale, save_delta, scaled_entry
-from orthoft.merging.identity import Identity
-from orthoft.merging.journal import Record
+from orthoft.merging.files.tensors import as_matrix
+from orthoft.merging.files.writer import Shard, refuse_existing
 from orthoft.merging.outputs import Options, Output, get_output
-from orthoft.merging.partial import Partial, partial_folder
 from orthoft.merging.plan import MergePlan, PathLike, Sources, plan
 from orthoft.merging.ranks import Ranks, open_ranks, pick_device
-from orthoft.merging.report import REPORT, MergeReport, WeightReport
-from orthoft.merging.tensors import as_matrix
+from orthoft.merging.reports.card import CARD, model_card, sources_config, without_defaults
+from orthoft.merging.reports.report import PAGE, REPORT, MergeReport, WeightReport
+from orthoft.merging.resume.identity import Identity
+from orthoft.merging.resume.journal import Record
+from orthoft.merging.resume.partial import Partial, partial_folder
 from orthoft.merging.weightwise import Rescale
 from orthoft.merging.wish import Overrides
-from orthoft.merging.writer import Shard, refuse_existing
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -53,6 +54,7 @@ def merge(
     resume: bool = True,
     seed: int = 0,
     device: str = "cpu",
+    diagnostics: bool = True,
     progress: bool = True,
     max_shard_size: int | str = "5GB",
     **params: Any,
@@ -60,7 +62,8 @@ def merge(
     """Merge fine-tuned models on disk into one, one weight at a time, and write it to the folder ``out``.
 
     A source that does not change a weight counts as a zero delta there. What no source changes is copied bit for bit.
-    The sum of base and delta is rounded once. ``out`` appears only when it is complete, with a ``report.json``.
+    The sum of base and delta is rounded once. ``out`` appears only when it is complete, with ``report.json``,
+    ``report.html`` and a model card.
 
     What is finished stays in ``.<out>.partial`` beside ``out`` if the merge is interrupted, and the same call goes on
     from there. Started by ``torchrun`` or ``accelerate launch``, the processes share the files of the output.
@@ -79,6 +82,7 @@ def merge(
         overwrite: replace ``out`` if it exists.
         resume: go on from what an interrupted merge left; if not, that is removed.
         seed: of methods that draw, together with the name of each weight.
+        diagnostics: measure each weight for the report, which takes about half the time of a merge in core space more.
         device: where deltas are merged: "cpu", "cuda" (each process its own), "cuda:1", or "auto".
         max_shard_size: of a checkpoint's files, in bytes or like "5GB".
 
@@ -91,22 +95,18 @@ def merge(
     start, out = time.perf_counter(), Path(out)
     make, target = get_output(output), pick_device(device)
     refuse_existing(out, overwrite)
-    todo = plan(
-        base,
-        sources,
-        method=method,
-        space=space,
-        weights=weights,
-        isotropise=isotropise,
-        rescale=rescale,
-        scale=scale,
-        include=include,
-        exclude=exclude,
-        overrides=overrides,
-        statistics=statistics,
-        seed=seed,
-        **params,
-    )
+    words: dict[str, Any] = {
+        "method": method,
+        "space": space,
+        "isotropise": isotropise,
+        "rescale": rescale,
+        "scale": scale,
+        "include": include,
+        "exclude": exclude,
+        "overrides": overrides,
+        "seed": seed,
+    }
+    todo = plan(base, sources, weights=weights, statistics=statistics, **words, **params)
     _refuse_own_folders(todo, out)
     options = Options(str(base), dtype, rank, max_shard_size)
     writer = make(todo, options)
@@ -123,9 +123,15 @@ def merge(
         notes=list(todo.notes),
         not_carried={source: lost for source, lost in todo.not_carried.items() if lost},
     )
+    report.config = {
+        "base": str(base),
+        "sources": sources_config(sources, todo.wish.weights.tolist(), statistics or {}),
+        **without_defaults({**words, "include": list(include), "exclude": list(exclude), "params": params}),
+        **without_defaults({"as": output, "dtype": dtype, "rank": rank}),
+    }
     identity = Identity(todo, output, options, target)
     with open_ranks() as ranks, partial_folder(out, overwrite, resume, ranks) as partial, _told_if_full(writer, out):
-        run = Run(todo, writer, partial, ranks, identity, target)
+        run = Run(todo, writer, partial, ranks, identity, target, diagnostics)
         with _bar(run, method, progress and ranks.first) as tick:
             report.scale, report.merged = run.write(tick)
 
@@ -133,6 +139,8 @@ def merge(
             writer.write(partial.folder, run.delta_of, report)
             report.seconds, report.peak_bytes = time.perf_counter() - start, _peak_bytes()
             report.save(partial.folder / REPORT)
+            report.to_html(partial.folder / PAGE)
+            (partial.folder / CARD).write_text(model_card(report), encoding="utf-8")
 
         ranks.only_first(finish)
     return report
@@ -155,9 +163,10 @@ class Run:
         ranks: Ranks,
         identity: Identity,
         device: torch.device,
+        diagnostics: bool,
     ) -> None:
         self._plan, self._output, self._partial, self._ranks = todo, output, partial, ranks
-        self._identity, self._device = identity, device
+        self._identity, self._device, self._diagnostics = identity, device, diagnostics
         self._finish = next(iter(todo.merged.values())).choice.finish if todo.merged else None
         # Deltas wait on disk until the scale of the whole model is known, or for an output that is written at once.
         self._waiting = list(todo.merged) if self._finish else [] if output.shards else output.names
@@ -234,7 +243,7 @@ class Run:
 
     def _merge(self, name: str, weight: Tensor) -> tuple[Delta, WeightReport]:
         scale = self._plan.merged[name].choice.post.scale if self._finish is None else 1.0
-        return merged_delta(self._plan, name, weight, scale, self._device)
+        return merged_delta(self._plan, name, weight, scale, self._device, self._diagnostics)
 
 
 @contextmanager

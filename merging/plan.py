@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orthoft.merging.delta_source import continued
-from orthoft.merging.hub import find_folder
-from orthoft.merging.source import Source, open_source
+from orthoft.merging.files.hub import find_folder
+from orthoft.merging.files.tensors import TensorFolder, matrix_shape
+from orthoft.merging.sources.adapter import Source, open_source
+from orthoft.merging.sources.delta import continued
 from orthoft.merging.spaces import Space
 from orthoft.merging.statistics import STATISTICS_OF, Statistics, statistics_of_tasks
-from orthoft.merging.tensors import TensorFolder, matrix_shape
 from orthoft.merging.weightwise import Choice
 from orthoft.merging.wish import Wish, check_patterns, wish_for
 
@@ -68,7 +68,7 @@ def plan(
         FileNotFoundError: a folder or an adapter's file is missing.
         ValueError, TypeError: an unknown name, a wrong value, a corrupt file, an adapter of another base.
     """
-    named = _named(sources)
+    named = named_sources(sources)
     wish = wish_for(len(named), **words)
     tensors = TensorFolder(find_folder(base, "base"))
     opened = tuple(open_source(name, find_folder(path, f"source {name!r}"), tensors) for name, path in named)
@@ -94,7 +94,8 @@ def plan(
     )
 
 
-def _named(sources: Sources) -> list[tuple[str, PathLike]]:
+def named_sources(sources: Sources) -> list[tuple[str, PathLike]]:
+    """Return (name, path) of each source: the name given, or the folder's, made unique."""
     if isinstance(sources, str | Path) or not sources:
         raise ValueError(
             f"sources is a sequence of at least one folder, Hub id or (name, folder) pair, got {sources!r}"

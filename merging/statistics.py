@@ -24,8 +24,8 @@ from torch import Tensor
 
 from orthoft.errors import unknown
 from orthoft.linalg import at_least_float32
-from orthoft.merging.names import match_prefix
-from orthoft.merging.tensors import TensorFolder, as_matrix, matrix_shape
+from orthoft.merging.files.tensors import TensorFolder, as_matrix, matrix_shape
+from orthoft.merging.sources.names import match_prefix
 
 STEM = "statistics"
 KINDS = ("fisher", "gram", "second_moment")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from orthoft.merging.tensors import TensorFolder, read_json
+from orthoft.merging.files.tensors import TensorFolder, read_json
 
 LISTED = 6  # "all-linear" is saved as every module's name
 DEFAULTS: tuple[object, ...] = (None, False, [], {}, "none")  # of PEFT's fields: not worth a line

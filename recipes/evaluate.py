@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from orthoft.merging.tensors import TensorFolder
+from orthoft.merging.files.tensors import TensorFolder
 from orthoft.recipes.head import Head, all_features
 
 Scores = dict[str, float]

@@ -34,6 +34,7 @@ class MergeJob(MergeWords):
     max_shard_size: str | PositiveInt = "5GB"
     seed: int = 0
     device: str = "cpu"
+    diagnostics: bool = True
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of ``orthoft.merging.merge``."""
@@ -53,6 +54,7 @@ class MergeJob(MergeWords):
             "max_shard_size": self.max_shard_size,
             "seed": self.seed,
             "device": self.device,
+            "diagnostics": self.diagnostics,
         }
 
 

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from orthoft.errors import unknown
 from orthoft.merging import MergeReport, merge
-from orthoft.merging.hub import find_folder
+from orthoft.merging.files.hub import find_folder
 from orthoft.recipes import evaluate
 from orthoft.recipes.data import SPLITS, batches, task_data
 from orthoft.recipes.finetune import Ready, fingerprint, finished, load_model, train

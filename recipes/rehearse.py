@@ -11,7 +11,7 @@ import peft
 import torch
 from transformers import AutoConfig
 
-from orthoft.merging.readers import get_reader
+from orthoft.merging.formats.ours import get_reader
 from orthoft.recipes.finetune import adapter_config, auto_class
 from orthoft.recipes.load import RecipeError
 from orthoft.recipes.prepare import wished

@@ -26,8 +26,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from orthoft.merging.source import Source
-from orthoft.merging.tensors import TensorFolder, as_matrix
+from orthoft.merging.files.tensors import TensorFolder, as_matrix
+from orthoft.merging.sources.adapter import Source
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()

@@ -65,7 +65,18 @@ def test_a_config_is_one_call(made: Path, tmp_path: Path, capsys: pytest.Capture
 
 def test_options_win_over_the_config(made: Path, tmp_path: Path) -> None:
     file = config(made, tmp_path)
-    options = ["--output", tmp_path / "other", "--method", "mean", "--set", "params={}", "--space", "auto", "--as", "lora"]
+    options = [
+        "--output",
+        tmp_path / "other",
+        "--method",
+        "mean",
+        "--set",
+        "params={}",
+        "--space",
+        "auto",
+        "--as",
+        "lora",
+    ]
     assert outcome("merge", file, *options, "--source", f"{made / 'b'}:2") == 0
     assert not (tmp_path / "out").exists()
     report = MergeReport.load(tmp_path / "other" / "report.json")

@@ -12,9 +12,9 @@ from merging_files import linear_weights, load, save_adapter, save_base, save_lo
 from torch import Tensor
 
 from orthoft.merging import merge, plan
-from orthoft.merging.advice import Advice, Findings, advise
-from orthoft.merging.estimate import Estimate, Job, Rates, calibrate, estimate, estimates, plan_table, total
-from orthoft.merging.inspection import InspectReport, inspect_sources
+from orthoft.merging.reports.advice import Advice, Findings, advise
+from orthoft.merging.reports.estimate import Estimate, Job, Rates, calibrate, estimate, estimates, plan_table, total
+from orthoft.merging.reports.inspection import InspectReport, inspect_sources
 from orthoft.recipes.describe import describe
 
 Factors = Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]
@@ -97,7 +97,7 @@ def test_rotations_are_merged_as_rotations(base: Path, tmp_path: Path) -> None:
         save_oftv2(tmp_path / f"t{seed}", linear_weights(base, "llama"), "cayley", seed=seed)
     report = inspect_sources(base, [tmp_path / "t1", tmp_path / "t2"])
     assert main(report) == ("mean", "rotation")
-    assert "blocks of 4, 8" in report.advice[0].why
+    assert "all sources rotate" in report.advice[0].why
     assert all(defect is not None and defect < 1e-5 for defect in report.totals.rotation_defect)
     mixed = inspect_sources(base, [tmp_path / "t1", lora(base, tmp_path / "t3", drawn(), 3)])
     assert ("mean", "rotation") not in [(one.method, one.space) for one in mixed.advice]
@@ -141,7 +141,7 @@ def found(**changes: object) -> Findings:
         "relative": 0.1,
         "ranks": (4, 4),
         "dense": (),
-        "blocks": (),
+        "turning": False,
         "half": False,
     }
     return Findings(**{**plain, **changes})  # type: ignore[arg-type]
@@ -181,7 +181,7 @@ def test_reports_are_told_as_text_json_and_a_page(base: Path, tmp_path: Path) ->
 def test_inspection_is_the_same_each_time_and_reads_one_weight_at_a_time(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orthoft.merging.tensors import TensorFolder
+    from orthoft.merging.files.tensors import TensorFolder
 
     folders = [lora(base, tmp_path / f"t{seed}", drawn(), seed) for seed in (1, 2)]
     read: list[str] = []

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 import orthoft.merging
-from orthoft.merging.hub import find_folder
-from orthoft.merging.tensors import TensorFolder, as_matrix, matrix_shape
+from orthoft.merging.files.hub import find_folder
+from orthoft.merging.files.tensors import TensorFolder, as_matrix, matrix_shape
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4, 5), (0, 3)])

@@ -17,9 +17,9 @@ from merging_files import save_adapter
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from orthoft.merging.header import MAX_HEADER, read_header
-from orthoft.merging.source import open_source
-from orthoft.merging.tensors import TensorFolder, as_matrix
+from orthoft.merging.files.header import MAX_HEADER, read_header
+from orthoft.merging.files.tensors import TensorFolder, as_matrix
+from orthoft.merging.sources.adapter import open_source
 
 TENSORS = {
     "a.weight": torch.arange(12.0).reshape(3, 4),
@@ -493,7 +493,7 @@ def test_a_broken_configuration(content: bytes, tmp_path: Path) -> None:
 def test_an_absurdly_large_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = sound_base(tmp_path / "base")
     folder = adapter(tmp_path / "a", "LORA", {})
-    monkeypatch.setattr("orthoft.merging.tensors.MAX_JSON", 100)
+    monkeypatch.setattr("orthoft.merging.files.tensors.MAX_JSON", 100)
     with pytest.raises(ValueError, match=r"adapter_config\.json has \d+ bytes, which is too much for a JSON file"):
         open_and_read(folder, base)
 

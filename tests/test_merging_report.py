@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -17,9 +16,9 @@ from torch import Tensor
 from orthoft.delta import Delta, Dense, LowRank, Rotated
 from orthoft.linalg import rotation_update
 from orthoft.merging import MergeReport, WeightReport
-from orthoft.merging.diagnostics import WeightDiagnostics, combined, diagnose
-from orthoft.merging.measures import leading, sample_rows
-from orthoft.merging.pictures import curves, grid, heat_map, number
+from orthoft.merging.reports.diagnostics import WeightDiagnostics, combined, diagnose
+from orthoft.merging.reports.measures import leading, sample_rows
+from orthoft.merging.reports.pictures import curves, grid, heat_map, number
 
 M, N = 40, 36
 WEIGHTS = [1.0, 0.5, 2.0]
@@ -346,21 +345,6 @@ def test_a_notebook_shows_a_fragment() -> None:
     assert not page.loads
     assert "a & <b>" in "".join(page.words)
     assert "html" not in page.counts
-
-
-def test_without_jinja_the_page_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    original = builtins.__import__
-
-    def missing(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "jinja2":
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ImportError, match=r"a page needs jinja2: pip install orthoft\[report\]"):
-        report().to_html(tmp_path / "report.html")
-    assert not (tmp_path / "report.html").exists()
-    assert "law" in report()._repr_html_()
 
 
 def test_layers_and_modules_are_read_from_names() -> None:

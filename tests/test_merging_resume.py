@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import orthoft.merging.engine as engine
-import orthoft.merging.identity as identity
+import orthoft.merging.resume.identity as identity
 from orthoft.merging import merge
-from orthoft.merging.journal import Journal
-from orthoft.merging.lock import locked
-from orthoft.merging.safetensors_file import SafetensorsFile
+from orthoft.merging.files.safetensors_file import SafetensorsFile
+from orthoft.merging.resume.journal import Journal
+from orthoft.merging.resume.lock import locked
 
 Words = dict[str, Any]
 CASES: dict[str, Words] = {
@@ -231,7 +231,7 @@ def test_an_interruption_leaves_what_is_done_and_bad_input_nothing(case: str, ma
 
 def test_bad_input_keeps_the_shards_that_are_done(made: Path, tmp_path: Path, merged: list[str]) -> None:
     mine = shutil.copytree(made, tmp_path / "made")
-    run(made, tmp_path / "want")
+    run(mine, tmp_path / "want")
     file = mine / "both" / "adapter_model.safetensors"
     good = file.read_bytes()
     tensors = load_file(file)
@@ -336,7 +336,7 @@ def test_a_journal_reads_what_is_whole(tmp_path: Path) -> None:
 
 PEAK = r"""
 import json, re, sys
-import tqdm.auto, orthoft.merging.diagnostics
+import tqdm.auto, orthoft.merging.reports.diagnostics
 from orthoft.merging import merge
 peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
 before = peak()

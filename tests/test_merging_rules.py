@@ -30,9 +30,9 @@ from transformers import AutoModelForCausalLM, BertForMaskedLM, LlamaForCausalLM
 
 from orthoft.delta import Rotated, SubspaceRotated
 from orthoft.merging import merge
-from orthoft.merging.boft_reader import butterfly_update
-from orthoft.merging.source import AdapterSource, CheckpointSource, open_source
-from orthoft.merging.tensors import TensorFolder, as_matrix
+from orthoft.merging.files.tensors import TensorFolder, as_matrix
+from orthoft.merging.formats.boft import butterfly_update
+from orthoft.merging.sources.adapter import AdapterSource, CheckpointSource, open_source
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -335,7 +335,7 @@ def test_a_checkpoint_is_read_row_by_row(
     weights = {name: as_matrix(base[name]) for name in base}
     wanted = {name: as_matrix(tuned.state_dict()[name]) - weights[name] for name in base}
     monkeypatch.setattr(TensorFolder, "__getitem__", lambda self, name: pytest.fail(f"all of {name} was read"))
-    monkeypatch.setattr("orthoft.merging.rows.CHUNK", 100)
+    monkeypatch.setattr("orthoft.merging.sources.rows.CHUNK", 100)
     for name in (name for name in base if len(base.shape(name)) == 2):
         delta, rows = source.delta(name, weights[name]), base.shape(name)[0]
         for start, stop in [(0, 1), (5, 17), (rows - 3, rows), (rows - 3, rows + 5), (4, 4)]:

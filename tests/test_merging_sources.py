@@ -30,9 +30,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, BertModel, PreTrainedModel
 
 from orthoft.adapters import GOFTConfig, PSOFTConfig, SVFTConfig
-from orthoft.merging.readers import READERS
-from orthoft.merging.source import open_source
-from orthoft.merging.tensors import TensorFolder
+from orthoft.merging.files.tensors import TensorFolder
+from orthoft.merging.formats.ours import READERS
+from orthoft.merging.sources.adapter import open_source
 
 LORAS: dict[str, dict[str, Any]] = {
     "alpha over r": {"lora_alpha": 12},

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification, PreTrainedModel
 
 from orthoft.merging import METHODS, merge
+from orthoft.merging.files.tensors import TensorFolder
 from orthoft.merging.methods.fisher import fisher
 from orthoft.merging.methods.frank_wolfe import frank_wolfe
 from orthoft.merging.methods.ota import ota
 from orthoft.merging.methods.regmean import regmean
 from orthoft.merging.statistics import STATISTICS_OF, open_statistics, statistics_of_tasks
-from orthoft.merging.tensors import TensorFolder
 from orthoft.recipes.statistics import collect, from_optimizer
 
 T, M, N = 3, 5, 7

@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from orthoft.delta import Dense, LowRank
+from orthoft.merging.files.safetensors_file import content_hash
+from orthoft.merging.files.streaming import IN_FLIGHT, PIECE, Piece, pieces_of, stream
+from orthoft.merging.files.tensors import DTYPES, TensorFolder
+from orthoft.merging.files.writer import SafetensorsFile, new_folder, parse_size, sharded, write_index
 from orthoft.merging.outputs.checkpoint import add_rounded
-from orthoft.merging.safetensors_file import content_hash
-from orthoft.merging.streaming import IN_FLIGHT, PIECE, Piece, pieces_of, stream
-from orthoft.merging.tensors import DTYPES, TensorFolder
-from orthoft.merging.writer import SafetensorsFile, new_folder, parse_size, sharded, write_index
 
 
 def some_tensors() -> dict[str, torch.Tensor]:

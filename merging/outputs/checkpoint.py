@@ -9,14 +9,14 @@ from torch import Tensor
 
 from orthoft.delta import Delta
 from orthoft.linalg import at_least_float32
+from orthoft.merging.files.safetensors_file import SafetensorsFile
+from orthoft.merging.files.streaming import Piece, pieces_of, stream
+from orthoft.merging.files.tensors import as_matrix
+from orthoft.merging.files.writer import Shard, carry_over, parse_size, sharded, write_index
 from orthoft.merging.outputs.registry import DeltaOf, DeltaOn, Options, Output, output, rounded
 from orthoft.merging.plan import MergePlan
-from orthoft.merging.report import MergeReport
-from orthoft.merging.safetensors_file import SafetensorsFile
-from orthoft.merging.source import MERGEABLE
-from orthoft.merging.streaming import Piece, pieces_of, stream
-from orthoft.merging.tensors import as_matrix
-from orthoft.merging.writer import Shard, carry_over, parse_size, sharded, write_index
+from orthoft.merging.reports.report import MergeReport
+from orthoft.merging.sources.adapter import MERGEABLE
 
 SLICE = 1 << 18  # entries that are added and rounded at once: 1 MB in float32, which stays in the cache
 

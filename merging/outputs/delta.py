@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from orthoft.delta import Delta
-from orthoft.merging.delta_source import CONFIG, VERSION
+from orthoft.merging.files.safetensors_file import SafetensorsFile
+from orthoft.merging.files.writer import write_json
 from orthoft.merging.outputs.registry import DeltaOf, Options, Output, output, rounded
 from orthoft.merging.plan import MergePlan
-from orthoft.merging.report import MergeReport
-from orthoft.merging.safetensors_file import SafetensorsFile
-from orthoft.merging.writer import write_json
+from orthoft.merging.reports.report import MergeReport
+from orthoft.merging.sources.delta import CONFIG, VERSION
 
 
 @output("delta")

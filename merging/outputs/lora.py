@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from orthoft.delta import Delta, LowRank
-from orthoft.merging.names import EMBEDDING, inputs_first
+from orthoft.merging.files.safetensors_file import SafetensorsFile
+from orthoft.merging.files.writer import write_json
 from orthoft.merging.outputs.registry import DeltaOf, Options, Output, output, rounded
 from orthoft.merging.plan import MergePlan
-from orthoft.merging.report import MergeReport, WeightReport
-from orthoft.merging.safetensors_file import SafetensorsFile
-from orthoft.merging.source import AdapterSource
-from orthoft.merging.writer import write_json
+from orthoft.merging.reports.report import MergeReport, WeightReport
+from orthoft.merging.sources.adapter import AdapterSource
+from orthoft.merging.sources.names import EMBEDDING, inputs_first
 
 
 @output("lora")

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from orthoft.delta import Delta
 from orthoft.errors import unknown
+from orthoft.merging.files.tensors import matrix_shape
+from orthoft.merging.files.writer import Shard
 from orthoft.merging.plan import MergePlan
-from orthoft.merging.report import MergeReport, WeightReport
-from orthoft.merging.tensors import matrix_shape
-from orthoft.merging.writer import Shard
+from orthoft.merging.reports.report import MergeReport, WeightReport
 
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

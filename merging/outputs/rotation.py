@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from orthoft.delta import Delta, Rotated, Transposed
+from orthoft.merging.files.safetensors_file import SafetensorsFile
+from orthoft.merging.files.writer import write_json
 from orthoft.merging.lie_algebra import generator
 from orthoft.merging.outputs.registry import DeltaOf, Options, Output, output, rounded
 from orthoft.merging.plan import MergePlan
-from orthoft.merging.report import MergeReport
-from orthoft.merging.safetensors_file import SafetensorsFile
-from orthoft.merging.source import AdapterSource
-from orthoft.merging.writer import write_json
+from orthoft.merging.reports.report import MergeReport
+from orthoft.merging.sources.adapter import AdapterSource
 
 KINDS = ("ORTHOFT_OFTV2", "OFT")
 

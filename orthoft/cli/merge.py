@@ -58,6 +58,9 @@ def merge(
     max_shard_size: Annotated[str | None, typer.Option(help="Of a checkpoint's files, e.g. 5GB.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, auto or cuda[:N]: where weights are merged.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of methods that draw.")] = None,
+    diagnostics: Annotated[
+        bool | None, typer.Option(help="Measure tasks and result for the report (the default), or be quicker.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="PLACE=VALUE", help="Override, e.g. overrides.*mlp*.scale=0.5.")
     ] = None,
@@ -91,6 +94,7 @@ def merge(
         "max_shard_size": max_shard_size,
         "device": device,
         "seed": seed,
+        "diagnostics": diagnostics,
     }
     given = {key: value for key, value in given.items() if value is not None}
     from orthoft.recipes.merge_job import load_job
@@ -144,11 +148,11 @@ def with_statistics(words: Mapping[str, Any], given: Mapping[str, Any], statisti
 def planned(arguments: Mapping[str, Any]) -> str:
     """Return the plan of a merge as a table."""
     from orthoft.merging import plan
-    from orthoft.merging.estimate import plan_table
+    from orthoft.merging.reports.estimate import plan_table
 
-    beside = ("out", "output", "dtype", "rank", "max_shard_size", "device")
+    beside = ("out", "output", "dtype", "rank", "max_shard_size", "device", "diagnostics")
     words = {key: value for key, value in arguments.items() if key not in beside}
-    return plan_table(plan(**words))
+    return plan_table(plan(**words), arguments["output"])
 
 
 def parse_source(text: str) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from orthoft.errors import unknown
-from orthoft.merging.hub import base_of, find_folder
-from orthoft.merging.names import EMBEDDING
-from orthoft.merging.source import AdapterSource
-from orthoft.merging.tensors import TensorFolder
-from orthoft.merging.writer import new_folder, refuse_existing, write_json
+from orthoft.merging.files.hub import base_of, find_folder
+from orthoft.merging.files.tensors import TensorFolder
+from orthoft.merging.files.writer import new_folder, refuse_existing, write_json
+from orthoft.merging.sources.adapter import AdapterSource
+from orthoft.merging.sources.names import EMBEDDING
 
 Kind = Literal["linear", "conv1d", "embedding", "convolution"]
 # What every method of PEFT has in its configuration, ours included.

@@ -17,8 +17,8 @@ from orthoft.convert.conversion import Conversion, LayerReport, Opened, converte
 from orthoft.convert.outward import oft_kind
 from orthoft.delta import LowRank
 from orthoft.linalg import RotationMap, of_map, orthonormal_rows, rotation_update, skew, within_radius
-from orthoft.merging.peft_readers import neumann_degree, neumann_update, psoft_generator, psoft_svd
-from orthoft.merging.readers import block_size
+from orthoft.merging.formats.ours import block_size
+from orthoft.merging.formats.peft import neumann_degree, neumann_update, psoft_generator, psoft_svd
 
 
 def from_peft(

@@ -15,8 +15,8 @@ from torch import Tensor
 from orthoft.convert.conversion import COMMON, Conversion, Kind, LayerReport, keys, open_adapter
 from orthoft.delta import Delta, LowRank
 from orthoft.linalg import at_least_float32
+from orthoft.merging.files.writer import refuse_existing
 from orthoft.merging.outputs.lora import lora_config
-from orthoft.merging.writer import refuse_existing
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from orthoft.convert.conversion import Conversion, LayerReport, Opened, converted, keys, relative
 from orthoft.linalg import of_map, reflection_rows, skew, within_radius
-from orthoft.merging.peft_readers import psoft_svd
-from orthoft.merging.readers import block_size, psoft_basis, psoft_update
+from orthoft.merging.formats.ours import block_size, psoft_basis, psoft_update
+from orthoft.merging.formats.peft import psoft_svd
 
 
 def to_peft(

@@ -1,0 +1,107 @@
+"""A safetensors file that is written tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from orthoft.merging.files.header import DTYPES
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BLOCK = 1 << 22  # bytes that are hashed at once
+FLUSH = 1 << 26  # bytes that are sent on to the disk while the next ones are made
+
+
+class SafetensorsFile:
+    """A safetensors file that grows tensor by tensor: room for the header is kept free and filled when it is closed.
+
+    Layout: length of the header as 8 bytes little-endian, the header as JSON padded with spaces to a multiple of 8, the
+    tensors without gaps. ``names`` are those that will be written; alignment is kept if larger dtypes come first.
+    ``digest`` is the `content_hash` of the file once it is closed.
+    """
+
+    digest: str
+
+    def __init__(self, file: Path, names: Iterable[str]) -> None:
+        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        room = 64 + sum(len(json.dumps(name)) + 256 for name in names)  # dtype, shape and offsets fit 256 characters
+        self._room = -(-room // 8) * 8
+        self._file: BinaryIO = file.open("wb")
+        self._file.seek(8 + self._room)
+        self._hash = hashlib.sha256()
+        self._end = self._since = 0
+        self._disk = ThreadPoolExecutor(1)
+        self._flushing: Future[None] | None = None
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append a tensor."""
+        self.begin(name, tensor.dtype, tensor.shape)
+        self.append(tensor)
+
+    def begin(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
+        """Announce a tensor, whose entries are then appended in any number of pieces."""
+        nbytes = dtype.itemsize * torch.Size(shape).numel()
+        start, self._end = self._end, self._end + nbytes
+        self._header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, self._end]}
+
+    def append(self, piece: Tensor) -> None:
+        """Append the next entries of the tensor that was announced last."""
+        data = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self._file.write(data)
+        self._hash.update(data)
+        self._since += len(data)
+        if self._since >= FLUSH and (self._flushing is None or self._flushing.done()):
+            self._since = 0
+            self._flushing = self._disk.submit(os.fsync, self._file.fileno())
+
+    def __enter__(self) -> SafetensorsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._disk.shutdown()
+        with self._file:
+            if error is None:
+                header = json.dumps(self._header, separators=(",", ":")).encode()
+                head = self._room.to_bytes(8, "little") + header.ljust(self._room)
+                self._file.seek(0)
+                self._file.write(head)
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self.digest = _joined(head, self._hash.digest())
+
+
+def content_hash(file: Path) -> str:
+    """Return the SHA-256 of a safetensors file's header and of the SHA-256 of what stands behind it, as hexadecimals.
+
+    The two are hashed apart because the header is written last.
+    """
+    data = hashlib.sha256()
+    with file.open("rb") as stream:
+        head = stream.read(8)
+        head += stream.read(min(int.from_bytes(head, "little"), file.stat().st_size))
+        while block := stream.read(BLOCK):
+            data.update(block)
+    return _joined(head, data.digest())
+
+
+def header_hash(file: Path) -> str:
+    """Return the SHA-256 of a safetensors file's header: names, dtypes, shapes and places, not the numbers."""
+    with file.open("rb") as stream:
+        head = stream.read(8)
+        head += stream.read(min(int.from_bytes(head, "little"), file.stat().st_size))
+    return hashlib.sha256(head).hexdigest()
+
+
+def _joined(head: bytes, data: bytes) -> str:
+    return hashlib.sha256(head + data).hexdigest()

@@ -1,0 +1,165 @@
+"""Tensors of a folder of safetensors files, read one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from orthoft.merging.files.header import DTYPES, one_line, parse_json, read_header
+
+__all__ = ["DTYPES", "TensorFolder", "as_matrix", "matrix_shape", "read_json", "same_tensor"]
+
+CHUNK = 2**24  # entries that are compared at once
+MAX_JSON = 100_000_000  # bytes; the index of a model with 100,000 tensors has a tenth of it
+
+
+class TensorFolder(Mapping[str, Tensor]):
+    """A read-only mapping from names to tensors over one safetensors file, or the shards that an index names.
+
+    Only headers are read at first, and checked; ``folder[name]`` reads one tensor, ``rows`` a part of one. ``stem`` is
+    "model" or "adapter_model". Links are followed, as the cache of the Hub consists of them.
+
+    Raises:
+        FileNotFoundError: there is neither ``<stem>.safetensors`` nor ``<stem>.safetensors.index.json``.
+        ValueError: a file is truncated or corrupt, or the index names a shard that is missing, leads out of the folder,
+            or lacks a tensor.
+    """
+
+    def __init__(self, folder: Path, stem: str = "model") -> None:
+        self.folder = folder
+        index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+        if index.is_file():
+            shard_of = _read_index(index)
+        elif single.is_file():
+            shard_of = dict.fromkeys(read_header(single), single.name)
+        else:
+            raise FileNotFoundError(f"no {single.name} and no {index.name} in {folder}{_other_weights(folder)}")
+        shards = list(dict.fromkeys(shard_of.values())) or [single.name] * single.is_file()
+        headers = {shard: read_header(folder / shard) for shard in shards}
+        for name, shard in shard_of.items():
+            if name not in headers[shard]:
+                raise ValueError(f"the index {index} says that {name!r} is in {shard}, which lacks it")
+        # Like transformers, take what stands in a shard unknown to the index.
+        unnamed = {name: shard for shard, header in headers.items() for name in header if name not in shard_of}
+        self._shard_of = shard_of | unnamed
+        self._entries = {name: headers[shard][name] for name, shard in self._shard_of.items()}
+        self._files = {shard: _open(folder / shard) for shard in shards}
+
+    def __getitem__(self, name: str) -> Tensor:
+        shard = self._shard_of[name]
+        try:
+            tensor: Tensor = self._files[shard].get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.folder / shard} changed while it was read ({one_line(error)})") from error
+        return tensor
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return the rows ``start`` to ``stop`` of ``as_matrix(folder[name])``, reading no others."""
+        if len(self.shape(name)) < 2:
+            return as_matrix(self[name])[start:stop]
+        part: Tensor = self._files[self._shard_of[name]].get_slice(name)[start:stop]
+        return as_matrix(part)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shard_of)
+
+    def __len__(self) -> int:
+        return len(self._shard_of)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shard_of
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor without reading it."""
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor without reading it."""
+        return self._entries[name].dtype
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """Return the tensor as the (m, n) matrix that deltas speak of: (outputs, all else), or (1, n) for vectors."""
+    return tensor.flatten(1) if tensor.ndim >= 2 else tensor.reshape(1, -1)
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the shape of ``as_matrix`` of a tensor of that shape."""
+    columns = 1
+    for size in shape[1:] if len(shape) >= 2 else shape:
+        columns *= size
+    return (shape[0] if len(shape) >= 2 else 1), columns
+
+
+def same_tensor(folder: TensorFolder, name: str, other: TensorFolder, twin: str) -> bool:
+    """Say whether two tensors on disk have the same dtype, shape and bytes, reading some rows at a time."""
+    shape = folder.shape(name)
+    if shape != other.shape(twin) or folder.dtype(name) != other.dtype(twin):
+        return False
+    rows, columns = matrix_shape(shape)
+    step = max(CHUNK // max(columns, 1), 1)
+    parts = (
+        (source.rows(key, i, i + step) for source, key in ((folder, name), (other, twin))) for i in range(0, rows, step)
+    )
+    return all(
+        torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
+        for first, second in parts
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, or raise a ValueError that names the file."""
+    if (size := file.stat().st_size) > MAX_JSON:
+        raise ValueError(f"{file} has {size} bytes, which is too much for a JSON file of a model")
+    try:
+        content = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} should hold a JSON object, it holds a {type(content).__name__}")
+    return content
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is truncated or not a safetensors file ({one_line(error)}): copy or save it again"
+        ) from error
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+        raise ValueError(f"{index} lacks a 'weight_map' from tensor names to file names")
+    for shard in dict.fromkeys(shard_of.values()):
+        if not _stays_inside(shard):
+            raise ValueError(f"{index} names the shard {shard!r}, which leads out of its folder")
+        if not _is_file(index.parent / shard):
+            raise ValueError(f"{index} names the shard {shard!r}, which is missing")
+    return shard_of
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
+def _stays_inside(shard: str) -> bool:
+    """Say whether a path is relative and goes down only, on Linux and on Windows, and is printable."""
+    windows, posix = PureWindowsPath(shard), PurePosixPath(shard)
+    plain = shard.isprintable() and not (windows.anchor or posix.anchor) and "\\" not in shard and ":" not in shard
+    return plain and ".." not in posix.parts
+
+
+def _other_weights(folder: Path) -> str:
+    others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.gguf") for file in folder.glob(pattern))
+    return f" (only safetensors are read: convert {others[0]})" if others else ""

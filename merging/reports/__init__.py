@@ -1,0 +1,1 @@
+"""What a merge will do, would do and did: estimates, diagnostics, advice, numbers, pages, model cards."""

@@ -1,0 +1,270 @@
+"""An adapter on disk as deltas of the base's weights, and the opening of any source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from orthoft.delta import Delta, Dense
+from orthoft.linalg import at_least_float32
+from orthoft.merging.files.tensors import TensorFolder, as_matrix, matrix_shape, same_tensor
+from orthoft.merging.formats.registry import Extent
+from orthoft.merging.formats.tokens import token_indices
+from orthoft.merging.sources.adapter_file import AdapterFile
+from orthoft.merging.sources.checkpoint import MERGEABLE, CheckpointSource, Source, untied
+from orthoft.merging.sources.delta import CONFIG, DeltaSource
+from orthoft.merging.sources.names import added_rows, inputs_first, match_prefix, tied_embedding, ties_embedding
+from orthoft.merging.sources.rows import Replaced, replaced_rows
+
+__all__ = ["MERGEABLE", "AdapterSource", "CheckpointSource", "Source", "open_source"]
+
+
+def open_source(name: str, folder: Path, base: TensorFolder) -> Source:
+    """Return the adapter or the fine-tuned checkpoint in a folder, checked against the base it changes.
+
+    Raises:
+        FileNotFoundError: the folder holds neither, or an adapter_config.json without its tensors.
+        ValueError: a file is corrupt, the format is unknown, or the shapes are those of another base.
+    """
+    try:
+        if (folder / "adapter_config.json").is_file():
+            return AdapterSource(name, folder, base)
+        if (folder / CONFIG).is_file():
+            return DeltaSource(name, folder, base)
+        if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
+            return CheckpointSource(name, folder, base)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"source {name!r}: {error}") from error
+    raise FileNotFoundError(
+        f"source {name!r}: {folder} holds neither an adapter (adapter_config.json and adapter_model.safetensors) "
+        "nor a checkpoint (model.safetensors)"
+    )
+
+
+class AdapterSource(Source):
+    """An adapter in PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Rules: tensors beside the adapter's own (``modules_to_save``, biases, embeddings) replace the base's, read row by
+    row; rows that they add are not carried. Rows of trained tokens replace rows. The adapter acts on what results. A
+    bias of the adapter needs one in the base. An output head that the base ties to its embedding may only change with
+    it.
+    """
+
+    def __init__(self, name: str, folder: Path, base: TensorFolder) -> None:
+        super().__init__(name, folder)
+        file = self._file = AdapterFile(folder, f"source {name!r}")
+        self.config, self.kind, saved = file.config, file.reader.peft_type, file.beside
+        extents = {f"{module}.weight": file.extent(module) for module in file.keys}
+
+        def fits(own: str, theirs: str) -> bool:
+            if own in extents:
+                return extents[own].fits(base.shape(theirs))
+            return own not in saved or file.tensors.shape(saved[own]) == base.shape(theirs)
+
+        self._prefix = match_prefix(list(extents) or [*saved, *file.tokens], base, fits)
+        self._drop_tied(extents, base)
+        checked = {self._check(own, extent, base): extent for own, extent in extents.items()}
+        self.inputs_first = {theirs: self._inputs_first(theirs, extent, base) for theirs, extent in checked.items()}
+        shapes = {name: matrix_shape(base.shape(name)) for name in self.inputs_first}
+        self._sizes = [(n, m) if self.inputs_first[name] else (m, n) for name, (m, n) in shapes.items()]
+        self._saved = self._place(saved, base)
+        self._tokens = {self._require(own, base, _any_shape): key for own, key in file.tokens.items()}
+        self._biases = self._find_biases(base)
+        self._steps: tuple[tuple[Collection[str], Callable[[str, Tensor], Delta]], ...] = (
+            (self._saved, self._replacement),
+            (self._tokens, self._new_rows),
+            (self.inputs_first, self.adapted),
+            (self._biases, self._shift),
+        )
+        self.adapter_ranks = {theirs: extent.rank for theirs, extent in checked.items()}
+        self.ranks = self._ranks()
+        self.notes += [
+            f"{theirs}: where the base ties it to an output head, both change"
+            for theirs in self.ranks
+            if ties_embedding(base, theirs)
+        ]
+
+    def delta(self, name: str, weight: Tensor) -> Delta:
+        steps = [change for names, change in self._steps if name in names]
+        if len(steps) == 1:
+            return steps[0](name, weight)
+        total = torch.zeros_like(weight)
+        for change in steps:
+            total = total + change(name, weight + total).dense()
+        return Dense(total)
+
+    def module(self, name: str) -> str:
+        return self._prefix.to_source(name).removesuffix(".weight")
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Return the adapter's tensors of one adapted weight, named by what stands behind the module's name."""
+        return self._file.read_module(self.module(name))
+
+    def suffixes(self, name: str) -> list[str]:
+        """Return the names of those tensors, without reading them."""
+        return list(self._file.keys[self.module(name)])
+
+    def beside(self) -> dict[str, Tensor]:
+        """Return what is saved beside the adapter's own tensors (whole modules, biases), as named in its file.
+
+        Raises:
+            ValueError: it changes biases or rows of tokens as well, which have no place there.
+        """
+        for name in (*self._biases, *self._tokens):
+            raise ValueError(
+                f"source {self.name!r} also changes {name!r} (lora_bias, trained tokens): merge it instead"
+            )
+        return {key: self._file.tensors[key] for key in self._file.beside.values()}
+
+    def weight(self, name: str, base: TensorFolder) -> Tensor:
+        """Return an adapted weight as the (m, n) matrix before the adapter: the one saved with it, or the base's."""
+        rows = as_matrix(at_least_float32(base[name]))
+        if name in self._saved:
+            rows = self._replacement(name, rows).saved(0, len(rows))
+        return rows.mT if self.inputs_first[name] else rows
+
+    def adapted(self, name: str, weight: Tensor) -> Delta:
+        """Return what the adapter's own tensors change of the weight, given as it is stored (as a matrix)."""
+        module, flipped = self.module(name), self.inputs_first[name]
+        tensors = self.tensors(name)
+        try:
+            delta = self._file.reader.read(
+                self._file.settings, module, tensors | self._shared, weight.mT if flipped else weight
+            )
+        except (ValueError, KeyError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"source {self.name!r}: {reason}") from error
+        return delta.transposed() if flipped else delta
+
+    def _replacement(self, name: str, weight: Tensor) -> Replaced:
+        key = self._saved[name]
+        return Replaced(self._file.tensors, key, weight, f"source {self.name!r}: tensor {key!r}")
+
+    def _new_rows(self, name: str, weight: Tensor) -> Delta:
+        rows = self._file.read(self._tokens[name])
+        try:
+            return replaced_rows(token_indices(self.config, self.module(name)), rows, weight)
+        except ValueError as error:
+            raise ValueError(f"source {self.name!r}: {name!r}: {error}") from error
+
+    def _shift(self, name: str, weight: Tensor) -> Delta:
+        assert self._file.reader.read_bias is not None
+        module = self._biases[name]
+        tensors = self._file.read_module(module)
+        return Dense(self._file.reader.read_bias(self._file.settings, module, tensors).reshape(weight.shape))
+
+    @cached_property
+    def _shared(self) -> dict[str, Tensor]:
+        """The tensors that belong to all modules, read or drawn once."""
+        names = self._file.reader.shared
+        if all(key in self._file.tensors for key in names):
+            return {name: self._file.read(key) for key, name in names.items()}
+        assert self._file.reader.restore is not None
+        return self._file.reader.restore(self._file.settings, self._sizes)
+
+    def _ranks(self) -> dict[str, int | None]:
+        rows = {theirs: self._file.tensors.shape(key)[0] for theirs, key in self._tokens.items()}
+        ranks: dict[str, int | None] = {**self.adapter_ranks, **rows}
+        several = self.adapter_ranks.keys() & rows.keys()
+        return ranks | dict.fromkeys([*several, *self._saved, *self._biases])
+
+    def _drop_tied(self, extents: dict[str, Extent], base: TensorFolder) -> None:
+        """Leave out an adapter of the output head that only repeats the adapter of the embedding it is tied to."""
+        for own, extent in list(extents.items()):
+            twin = self._tied_to(own, extent.fits, base)
+            module = own.removesuffix(".weight")
+            other = self.module(twin) if twin else ""
+            if other not in self._file.keys or self._file.reader.same is None:
+                continue
+            head, embedding = self._file.read_module(module), self._file.read_module(other)
+            if self._file.reader.same(head, embedding):
+                del extents[own], self._file.keys[module]
+
+    def _tied_to(self, own: str, fits: Callable[[tuple[int, ...]], bool], base: TensorFolder) -> str | None:
+        theirs = self._prefix.to_base(own)
+        if theirs is not None and theirs in base:
+            return None
+        return tied_embedding(own, {name: base.shape(name) for name in base}, fits)
+
+    def _check(self, own: str, extent: Extent, base: TensorFolder) -> str:
+        theirs = self._require(own, base, extent.fits)
+        if not extent.fits(base.shape(theirs)):
+            outputs, inputs = ("any" if size is None else size for size in (extent.outputs, extent.inputs))
+            raise ValueError(
+                f"an adapter of another base: its module {own.removesuffix('.weight')!r} has ({outputs}, {inputs}) "
+                f"outputs and inputs, the base's {theirs!r} has shape {base.shape(theirs)}"
+            )
+        if base.dtype(theirs) not in MERGEABLE:
+            raise ValueError(f"the base's {theirs!r} is stored as {base.dtype(theirs)}: dequantise the base first")
+        return theirs
+
+    def _require(self, own: str, base: TensorFolder, fits: Callable[[tuple[int, ...]], bool]) -> str:
+        """Return the base's name of a weight that has to be there."""
+        theirs, twin = self._prefix.to_base(own), self._tied_to(own, fits, base)
+        if twin is not None:
+            raise ValueError(untied(own, twin))
+        if theirs is None or theirs not in base:
+            module = own.removesuffix(".weight")
+            raise ValueError(f"an adapter of another base: its module {module!r} has no weight in {base.folder}")
+        return theirs
+
+    def _inputs_first(self, theirs: str, extent: Extent, base: TensorFolder) -> bool:
+        """Say whether the base stores the weight as (inputs, outputs): by its shape, and by the config if square."""
+        shape = matrix_shape(base.shape(theirs))
+        straight, flipped = extent.agrees(shape), extent.agrees(shape[::-1])
+        if straight != flipped:
+            return flipped
+        told = self.config.get("fan_in_fan_out")
+        return inputs_first(base, theirs) if told is None else bool(told)
+
+    def _find_biases(self, base: TensorFolder) -> dict[str, str]:
+        """Return {the base's bias: module} of what the adapter adds to biases; without a place it has to be zero."""
+        found: dict[str, str] = {}
+        for module, keys in self._file.keys.items():
+            key = keys.get(self._file.reader.bias or "")
+            theirs = self._prefix.to_base(f"{module}.bias")
+            if key is None:
+                continue
+            if theirs is not None and theirs in base and self._file.tensors.shape(key) == base.shape(theirs):
+                found[theirs] = module
+            elif bool(self._file.read(key).any()):
+                raise ValueError(
+                    f"module {module!r} has {self._file.reader.bias}, and the base has no bias of its shape there"
+                )
+        return found
+
+    def _place(self, saved: Mapping[str, str], base: TensorFolder) -> dict[str, str]:
+        """Return {the base's tensor: key} of what is saved beside the adapter, and list what the base lacks."""
+        placed = {}
+        for own, key in saved.items():
+            theirs, shape = self._prefix.to_base(own), self._file.tensors.shape(key)
+            if theirs is None or theirs not in base:
+                self._leave(own, key, saved, base)
+            elif base.shape(theirs) == shape:
+                placed[theirs] = key
+            elif added := added_rows(theirs, shape, base):
+                placed[theirs] = key
+                self.not_carried.append(f"{own}: {added}")
+            else:
+                self.not_carried.append(f"{own}: it has shape {shape}, the base's has {base.shape(theirs)}")
+        return placed
+
+    def _leave(self, own: str, key: str, saved: Mapping[str, str], base: TensorFolder) -> None:
+        shapes = {theirs: self._file.tensors.shape(k) for o, k in saved.items() if (theirs := self._prefix.to_base(o))}
+        known = {name: base.shape(name) for name in base} | shapes
+        twin = tied_embedding(own, known, self._file.tensors.shape(key).__eq__)
+        if twin is None:
+            self.not_carried.append(f"{own}: the base has no such tensor")
+            return
+        double = saved.get(self._prefix.to_source(twin))
+        other, name = (base, twin) if double is None else (self._file.tensors, double)
+        if not same_tensor(self._file.tensors, key, other, name):
+            raise ValueError(untied(own, twin))
+
+
+def _any_shape(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2

@@ -1,0 +1,129 @@
+"""Which tensor of the base a name in a source means, and how the base stores it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import takewhile
+
+from orthoft.merging.files.tensors import TensorFolder, read_json
+
+EMBEDDING = re.compile(r"(.*[._])?(embeddings?|embed_\w+|wte|wpe|shared)")
+HEAD = re.compile(r"lm_head|embed_out|output_projection|decoder|predictions")  # the last: BERT's bias
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """How the names of a source become names of the base: a prefix is taken away or put before."""
+
+    removed: str = ""
+    added: str = ""
+
+    def to_base(self, name: str) -> str | None:
+        """Return the base's name of a source's name, or None if the name lacks the removed prefix."""
+        return self.added + name.removeprefix(self.removed) if name.startswith(self.removed) else None
+
+    def to_source(self, name: str) -> str:
+        """Return the source's name of a base's name."""
+        return self.removed + name.removeprefix(self.added)
+
+
+def match_prefix(names: Collection[str], base: Collection[str], fits: Callable[[str, str], bool]) -> Prefix:
+    """Return the prefix under which most of a source's names are names of the base and fit there.
+
+    The identity wins among equals, e.g. an adapter of `AutoModel` (``encoder.layer.0...``) on a checkpoint with a head
+    (``bert.encoder.layer.0...``) gets ``Prefix(added="bert.")``.
+
+    Args:
+        fits: says of a source's name and a base's name whether the shapes agree.
+
+    Raises:
+        ValueError: two prefixes do equally well, so that the meaning would be a guess.
+    """
+    known = frozenset(base)
+    candidates = [
+        Prefix(),
+        *(Prefix(removed=prefix) for prefix in _prefixes(names)),
+        *(Prefix(added=prefix) for prefix in _prefixes(base)),
+    ]
+
+    def score(prefix: Prefix) -> tuple[int, int]:
+        pairs = [(name, target) for name in names if (target := prefix.to_base(name)) in known and target is not None]
+        return len(pairs) and sum(fits(*pair) for pair in pairs), len(pairs)
+
+    scores = [score(prefix) for prefix in candidates]
+    best = max(scores)
+    winners = [prefix for prefix, got in zip(candidates, scores, strict=True) if got == best]
+    if best[0] > 0 and len(winners) > 1 and winners[0] != Prefix():
+        first, second = (next(target for n in names if (target := w.to_base(n)) in known) for w in winners[:2])
+        raise ValueError(f"its names are ambiguous in this base: {next(iter(names))!r} may be {first!r} or {second!r}")
+    return winners[0]
+
+
+def added_rows(name: str, shape: tuple[int, ...], base: TensorFolder) -> str:
+    """Return what to say of the rows that a tensor of this shape adds to the base's embedding or output head.
+
+    Nothing if the tensor is neither, or differs in more than its number of rows.
+    """
+    rows, *rest = base.shape(name) or (0,)
+    last = name.split(".")[-2] if "." in name else ""
+    vocabulary = EMBEDDING.fullmatch(last) or HEAD.fullmatch(last)
+    if not vocabulary or len(shape) != 1 + len(rest) or list(shape[1:]) != rest or shape[0] <= rows:
+        return ""
+    return f"rows {rows} to {shape[0] - 1} (the base has {rows} rows)"
+
+
+def tied_embedding(
+    head: str, embeddings: Mapping[str, tuple[int, ...]], fits: Callable[[tuple[int, ...]], bool]
+) -> str | None:
+    """Return the embedding, of a shape that fits, that an output head is tied to in a model that lacks the head."""
+    if not head.endswith(".weight") or not HEAD.fullmatch(head.split(".")[-2]):
+        return None
+    named = (name for name in embeddings if name.endswith(".weight") and EMBEDDING.fullmatch(name.split(".")[-2]))
+    return next((name for name in named if fits(embeddings[name])), None)
+
+
+def ties_embedding(base: TensorFolder, name: str) -> bool:
+    """Say whether a weight is an embedding, and the base's configuration ties its embedding to an output head."""
+    config = base.folder / "config.json"
+    if not name.endswith(".weight") or not EMBEDDING.fullmatch(name.split(".")[-2]) or not config.is_file():
+        return False
+    return bool(read_json(config).get("tie_word_embeddings"))
+
+
+def inputs_first(base: TensorFolder, name: str) -> bool:
+    """Say whether the base stores a 2-D weight as (inputs, outputs), as the Conv1D of GPT-2 does.
+
+    The bias has one entry per output, which tells for weights that are not square. A square weight is stored like the
+    nearest such weight, by the length of the name they share.
+    """
+    own = _bias_says(base, name)
+    if own is not None:
+        return own
+    parts = name.split(".")
+
+    def shared(other: str) -> int:
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(parts, other.split("."), strict=False)))
+
+    told = [other for other in base if other.endswith(".weight") and _bias_says(base, other) is not None]
+    nearest = max(told, key=shared, default=None)
+    return f"{name.removesuffix('.weight')}.bias" in base and nearest is not None and bool(_bias_says(base, nearest))
+
+
+def _bias_says(base: TensorFolder, name: str) -> bool | None:
+    bias = f"{name.removesuffix('.weight')}.bias"
+    if bias not in base or len(base.shape(name)) != 2:
+        return None
+    (rows, columns), outputs = base.shape(name), base.shape(bias)[-1]
+    return None if rows == columns else outputs == columns
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """Return every leading part of the names, up to three components and never past a layer number."""
+    found: dict[str, None] = {}
+    for name in names:
+        parts = list(takewhile(lambda part: not part.isdigit(), name.split(".")[:-1]))
+        for end in range(1, min(len(parts), 3) + 1):
+            found[".".join(parts[:end]) + "."] = None
+    return list(found)
