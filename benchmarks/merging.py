@@ -28,7 +28,7 @@ from synthetic import Layer, full_rank, loras
 from timing import Call, medians, print_header, print_row
 from torch import Tensor
 
-from orthoft.delta import Dense
+from orthoft.delta import Delta, Dense
 from orthoft.merging import merge_deltas
 
 DENSITY = TOP / 100
@@ -69,17 +69,20 @@ class Run:
         return {name: wall for name, (wall, _) in took.items()}
 
 
-def factored(method: str, space: str = "core", **params: object) -> Callable[[Layer], Call]:
+Ours = Callable[[Layer], Callable[[], Delta]]
+
+
+def factored(method: str, space: str = "core", **params: Any) -> Ours:
     return lambda layer: partial(merge_deltas, layer.deltas, method=method, space=space, **params)
 
 
-def cut(method: str, space: str, **params: object) -> Callable[[Layer], Call]:
+def cut(method: str, space: str, **params: Any) -> Callable[[Layer], Call]:
     """The same merge, and the best approximation of it of the rank of one task."""
     merge = factored(method, space, **params)
     return lambda layer: lambda: merge(layer)().truncated(layer.rank)
 
 
-def entrywise(method: str, count: int | None = None, **params: object) -> Callable[[Layer], Call]:
+def entrywise(method: str, count: int | None = None, **params: Any) -> Ours:
     """On the dense deltas, of the first ``count`` tasks."""
     return lambda layer: partial(
         merge_deltas, [Dense(change) for change in layer.dense[:count]], method=method, space="full", **params
@@ -156,27 +159,33 @@ def relative(value: Tensor, exact: Tensor) -> float:
 
 def curve(title: str, sizes: Sequence[int], layers: Callable[[int], Layer], run: Run) -> None:
     """Print the seconds at each size, the exponents of growth between neighbours, and the floor of the core space."""
-    measured: dict[str, list[float]] = {name: [] for name in CURVES}
+    seconds: dict[str, list[float]] = {name: [] for name in CURVES}
     floors = []
     rates = calibration()
     for size in sizes:
         layer = layers(size)
         calls = {name: partial(merge_deltas, layer.deltas, method=name, **on) for name, on in CURVES.items()}
         for name, took in run.medians(calls).items():
-            measured[name].append(took)
+            seconds[name].append(took)
         floors.append(core_floor(layer, *rates))
     print_header(f"Seconds by {title}", "", *map(str, sizes))
-    for name, took in measured.items():
-        print_row(name, *(f"{seconds:.3f}" for seconds in took))
+    for name, row in seconds.items():
+        print_row(name, *(f"{took:.3f}" for took in row))
     print_row("floor of task_arithmetic in core", *(f"{floor:.3f}" for floor in floors))
-    shares = zip(measured["task_arithmetic"], floors, strict=True)
-    print_row("task_arithmetic / floor", *(f"{seconds / floor:.1f}" for seconds, floor in shares))
-    steps = list(pairwise(sizes))
-    print_header(f"Exponents of growth by {title}", "", *(f"{a} to {b}" for a, b in steps))
-    for name, took in measured.items():
-        pairs = zip(steps, pairwise(took), strict=True)
+    shares = zip(seconds["task_arithmetic"], floors, strict=True)
+    print_row("task_arithmetic / floor", *(f"{took / floor:.1f}" for took, floor in shares))
+    print(
+        f"\nFloor: at {rates[0] / 1e9:.0f} GFLOP/s of a float64 product and {rates[1] / 1e9:.0f} GB/s of a copy, now."
+    )
+    print_growth(title, sizes, seconds)
+    run.numbers.append({"part": title, "sizes": list(sizes), "seconds": seconds, "floor": floors, "rates": rates})
+
+
+def print_growth(title: str, sizes: Sequence[int], seconds: Mapping[str, Sequence[float]]) -> None:
+    print_header(f"Exponents of growth by {title}", "", *(f"{a} to {b}" for a, b in pairwise(sizes)))
+    for name, row in seconds.items():
+        pairs = zip(pairwise(sizes), pairwise(row), strict=True)
         print_row(name, *(f"{math.log(after / before) / math.log(b / a):.1f}" for (a, b), (before, after) in pairs))
-    run.numbers.append({"part": title, "sizes": list(sizes), "seconds": measured, "floor": floors})
 
 
 def calibration() -> tuple[float, float]:

@@ -112,9 +112,8 @@ def core_space(method: str, **config: object) -> Peer:
 
 
 MERGEKIT = "arcee-ai/mergekit"
-TIES = {"density": TOP / 100}
 GENERAL: Mapping[str, Prepare] = {
-    "ties": published.mergekit_general("magnitude", consensus=True, **TIES),
+    "ties": published.mergekit_general("magnitude", consensus=True, density=TOP / 100),
     "dare_linear": published.mergekit_general("random", rescale=True, density=0.5),
     "della": published.mergekit_general("della_magprune", consensus=True, rescale=True, density=0.5, epsilon=0.15),
     "breadcrumbs": published.mergekit_general("magnitude_outliers", density=0.9, gamma=0.01),
@@ -138,10 +137,10 @@ PEERS: Mapping[str, Peer] = {
     "PEFT cat": peft_adapters("cat"),
     "PEFT svd": peft_adapters("svd"),
     "PEFT svd, thin": peft_adapters("svd", svd_full_matrices=False),
-    "PEFT ties_svd": peft_adapters("ties_svd", **TIES),
-    "PEFT ties_svd, thin": peft_adapters("ties_svd", svd_full_matrices=False, **TIES),
-    "PEFT ties": peft_function("ties", **TIES),
-    "PEFT magnitude_prune": peft_function("magnitude_prune", **TIES),
+    "PEFT ties_svd": peft_adapters("ties_svd", density=TOP / 100),
+    "PEFT ties_svd, thin": peft_adapters("ties_svd", density=TOP / 100, svd_full_matrices=False),
+    "PEFT ties": peft_function("ties", TOP / 100),
+    "PEFT magnitude_prune": peft_function("magnitude_prune", TOP / 100),
     "PEFT dare_linear": peft_function("dare_linear", 0.5),
     **{
         f"mergekit {name}": Peer(MERGEKIT, f"GeneralizedTaskArithmeticMerge.merge_group, {name}", prepare)

@@ -34,7 +34,7 @@ def loras(width: int, tasks: int, rank: int) -> Layer:
     random = torch.Generator().manual_seed(0)
 
     def factor(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random) / width**0.5
+        return torch.randn(shape, generator=random).div_(width**0.5)
 
     return Layer([LowRank(factor(width, rank), factor(rank, width)) for _ in range(tasks)])
 

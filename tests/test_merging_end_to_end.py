@@ -235,8 +235,9 @@ def test_what_lies_beside_the_weights_is_carried_over(made: dict[str, Folders], 
     assert len(weights) > 1
     assert names - weights == {
         *("config.json", "generation_config.json", "tokenizer.json", "1_Pooling/config.json"),
-        *("model.safetensors.index.json", "report.json"),
+        *("model.safetensors.index.json", "report.json", "report.html", "README.md"),
     }
+    assert (tmp_path / "out" / "README.md").read_text() != "the base"
     saved = json.loads((tmp_path / "out" / "report.json").read_text())
     assert saved == json.loads(json.dumps(report.to_dict()))
     assert saved["sources"] == {"lora": "LORA"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,13 @@ from peft import get_peft_model
 from transformers import AutoModel, BertConfig, BertModel
 
 from orthoft import HRAConfig, OFTv2Config
+from orthoft.cli import main
 
 README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+TEXT = README.read_text(encoding="utf-8")
+SHELL = "".join(re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)).replace("\\\n", "")
+COMMANDS = [line for line in SHELL.splitlines() if line.startswith("orthoft ") and "recipes/" not in line]
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
 @pytest.fixture
@@ -36,10 +41,16 @@ def test_python_blocks_run(code: str, demo: Path) -> None:
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
+@pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
+def test_commands_run(command: str, demo: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(shlex.split(command)[1:])
+    assert stopped.value.code == 0
+
+
 def test_every_command_of_the_readme_exists() -> None:
-    text = README.read_text(encoding="utf-8")
     makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^make (\S+)", text, flags=re.MULTILINE):
+    for target in re.findall(r"^make (\S+)", TEXT, flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT):
         assert (README.parent / link).exists(), link

@@ -36,18 +36,10 @@ class Piece:
 
 def pieces_of(folder: TensorFolder, name: str, whole: bool) -> list[Piece]:
     """Return a tensor as one piece or as pieces of at most `PIECE` bytes; an empty tensor is one empty piece."""
-    file, offset, nbytes = place_of(folder, name)
+    file, offset, nbytes = folder.place(name)
     step = max(nbytes, 1) if whole else PIECE
     starts = range(0, max(nbytes, 1), step)
     return [Piece(name, file, offset, start, min(start + step, nbytes)) for start in starts]
-
-
-def place_of(folder: TensorFolder, name: str) -> tuple[Path, int, int]:
-    """Return the file of a tensor, the offset of its first byte there, and the number of its bytes."""
-    file, entry = folder.folder / folder._shard_of[name], folder._entries[name]
-    with file.open("rb") as stream:
-        header = int.from_bytes(stream.read(8), "little")
-    return file, 8 + header + entry.start, entry.stop - entry.start
 
 
 def stream(

@@ -82,6 +82,13 @@ class TensorFolder(Mapping[str, Tensor]):
         """Return the dtype of a tensor without reading it."""
         return self._entries[name].dtype
 
+    def place(self, name: str) -> tuple[Path, int, int]:
+        """Return the file of a tensor, the offset of its first byte there, and the number of its bytes."""
+        file, entry = self.folder / self._shard_of[name], self._entries[name]
+        with file.open("rb") as opened:
+            header = int.from_bytes(opened.read(8), "little")
+        return file, 8 + header + entry.start, entry.stop - entry.start
+
 
 def as_matrix(tensor: Tensor) -> Tensor:
     """Return the tensor as the (m, n) matrix that deltas speak of: (outputs, all else), or (1, n) for vectors."""

@@ -12,7 +12,6 @@ import torch
 
 from orthoft import __version__
 from orthoft.merging.files.safetensors_file import header_hash
-from orthoft.merging.files.streaming import place_of
 from orthoft.merging.files.writer import Shard
 from orthoft.merging.outputs import Options
 from orthoft.merging.plan import MergePlan
@@ -39,7 +38,7 @@ class Identity:
 
     def shard(self, shard: Shard, scale: float) -> str:
         """Return the key of a shard, whose merged deltas are multiplied by a scale of the whole model."""
-        base = sorted({place_of(self._plan.base, name)[0] for name, *_ in shard.tensors})
+        base = sorted({self._plan.base.place(name)[0] for name, *_ in shard.tensors})
         merged = [self._words(name) for name, *_ in shard.tensors if name in self._plan.merged]
         stored = [[name, str(dtype), list(shape)] for name, dtype, shape in shard.tensors]
         return _key([self._common, shard.file, stored, [self._file(file) for file in base], merged, scale])
@@ -49,7 +48,7 @@ class Identity:
         choice, post = item.choice, item.choice.post
         sources = [source for source in plan.sources if source.name in item.sources]
         statistics = [found.file for found in plan.statistics.values()]
-        files = [place_of(plan.base, name)[0], *statistics]
+        files = [plan.base.place(name)[0], *statistics]
         files += [file for source in sources for file in self._folders[source.name]]
         return [
             *(name, item.shape, item.sources, [source.name for source in plan.sources], plan.seed),

@@ -15,6 +15,7 @@ from orthoft.delta import Delta, Dense, LowRank, Rotated, SubspaceRotated, Trans
 from orthoft.linalg import at_least_float32, skew
 from orthoft.merging.lie_algebra import Chart, generator, nearest_orthogonal, procrustes, turn, with_mean_length
 from orthoft.merging.spaces.registry import Decode, space
+from orthoft.merging.spectra import RANGE
 
 NEARLY = 0.1  # a truncated series within this of orthogonal is read as the nearest rotation
 Turns = Sequence[tuple[Delta, Tensor | None]]  # each delta, and its C - I in float64 if it is a rotation
@@ -131,7 +132,9 @@ def _decoupled(
         Q = generator(update, chart)
         total += weight * Q
         lengths.append(abs(weight) * float(torch.linalg.vector_norm(Q)))
-        x.append((change - W @ update).to(base.dtype))
+        rest = change - W @ update
+        rounding = torch.linalg.vector_norm(rest) <= RANGE * torch.linalg.vector_norm(change)
+        x.append(torch.zeros_like(base) if rounding else rest.to(base.dtype))  # no noise for a method to blow up
     turned = (W @ turn(with_mean_length(total, lengths), chart)).to(base.dtype)  # W (R - I)
     return torch.stack(x), lambda merged: Dense(turned + residual_scale * merged)
 
