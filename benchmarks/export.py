@@ -26,7 +26,7 @@ def peak():  # of this process alone; ru_maxrss begins with that of the parent
     return int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 before = peak()
 start = time.perf_counter()
-merge(*json.loads(sys.argv[1]), method="task_arithmetic", progress=False)
+merge(*json.loads(sys.argv[1]), method="task_arithmetic", diagnostics=False, progress=False)
 seconds = time.perf_counter() - start
 print(json.dumps([seconds, before, peak()]))
 """

@@ -12,15 +12,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from orthoft.delta import Delta, Dense, LowRank, Rotated, Transposed
+from orthoft.delta import Delta, Dense, LowRank, Rotated, SubspaceRotated, Transposed
 from orthoft.linalg import at_least_float32
 from orthoft.merging.files.safetensors_file import SafetensorsFile
-from orthoft.merging.files.tensors import TensorFolder, as_matrix
+from orthoft.merging.files.tensors import TensorFolder, as_matrix, is_finite
 from orthoft.merging.methods import Finish
 from orthoft.merging.plan import MergePlan
 from orthoft.merging.reports.diagnostics import diagnose
 from orthoft.merging.reports.report import WeightReport
 from orthoft.merging.weightwise import merge_weight, weight_generator
+
+SMALL = 256  # the total rank up to which threads cost more than they save
 
 
 def merged_delta(
@@ -29,17 +31,19 @@ def merged_delta(
     """Return the merged delta of one weight, times ``scale``, and what the report says of it.
 
     Args:
-        weight: the base's, as a matrix in float32 or more.
+        weight: the base's, as a matrix.
         device: where the deltas are merged; the result comes back to the CPU.
         diagnostics: measure the tasks and the result as well.
 
     Raises:
-        ValueError: a tensor of the base or of a source holds NaN or Inf.
+        ValueError: a tensor of the base or of a source holds NaN or Inf, or the result does.
     """
     start = time.perf_counter()
-    if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
+    if not is_finite(weight):
         raise ValueError(f"base: tensor {name!r} of {plan.base.folder} contains NaN or Inf")
     item = plan.merged[name]
+    if diagnostics or _needs_weight(plan, name):
+        weight = at_least_float32(weight)
     deltas = [source.delta(name, weight) if name in source.ranks else _zero(weight) for source in plan.sources]
     statistics = [found.get(name) if (found := plan.statistics.get(s.name)) else None for s in plan.sources]
     merged = merge_weight(
@@ -50,6 +54,8 @@ def merged_delta(
         [None if one is None else one.to(device) for one in statistics] if plan.statistics else None,
         scale,
     )
+    if not math.isfinite(merged.norm):
+        raise ValueError(f"merged weight {name!r} is too large for float32: take smaller weights, or a smaller scale")
     delta = moved(merged.delta, torch.device("cpu"))
     norms = dict(zip((source.name for source in plan.sources), merged.task_norms, strict=True))
     norms = {source: norm for source, norm in norms.items() if source in item.sources}
@@ -60,6 +66,22 @@ def merged_delta(
         draw = weight_generator(plan.seed, f"{name}#diagnostics")  # its own: what a method draws is not touched
         entry.diagnostics = diagnose(tasks, item.choice.weights, delta, weight, draw, plan.base.dtype(name))
     return delta, entry
+
+
+def _needs_weight(plan: MergePlan, name: str) -> bool:
+    """Say whether anything looks at the numbers of the weight; plain LoRAs do not, and a copy in float32 costs time."""
+    choice = plan.merged[name].choice
+    if choice.method.needs("base") or not choice.space.isometric:
+        return True
+    return any(source.needs_weight(name) for source in plan.sources if name in source.ranks)
+
+
+def is_small(plan: MergePlan, name: str) -> bool:
+    """Say whether the merge of a weight is a matter of small matrices, which one thread does best."""
+    item = plan.merged[name]
+    ranks = [source.ranks[name] for source in plan.sources if name in source.ranks]
+    total = sum(rank or 0 for rank in ranks)
+    return item.space.keeps_factors and None not in ranks and total <= SMALL
 
 
 def model_scale(finish: Finish, plan: MergePlan, entries: Mapping[str, WeightReport]) -> float:
@@ -84,9 +106,15 @@ def scaled_entry(entry: WeightReport, scale: float) -> WeightReport:
 
 
 def moved(delta: Delta, device: torch.device) -> Delta:
-    """Return a delta whose parts are on a device."""
+    """Return a delta whose parts are on a device: a rotation stays one, which the space "rotation" tells by."""
     if device.type == "cpu" and _device(delta).type == "cpu":
         return delta
+    if isinstance(delta, Transposed):
+        return moved(delta.inner, device).transposed()
+    if isinstance(delta, Rotated):
+        return Rotated(delta.weight.to(device), delta.update.to(device))
+    if isinstance(delta, SubspaceRotated):
+        return SubspaceRotated(*(part.to(device) for part in (delta.weight, delta.basis, delta.update)))
     factors = delta.factors()
     if factors is not None:
         return LowRank(*(factor.to(device) for factor in factors))
@@ -127,4 +155,4 @@ def _device(delta: Delta) -> torch.device:
 
 
 def _zero(weight: Tensor) -> LowRank:
-    return LowRank(weight.new_zeros(weight.shape[0], 0), weight.new_zeros(0, weight.shape[1]))
+    return LowRank(torch.zeros(weight.shape[0], 0), torch.zeros(0, weight.shape[1]))

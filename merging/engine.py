@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from orthoft.delta import Delta
-from orthoft.linalg import at_least_float32
-from orthoft.merging.deltas import load_delta, merged_delta, model_scale, save_delta, scaled_entry
+from orthoft.merging.deltas import is_small, load_delta, merged_delta, model_scale, save_delta, scaled_entry
 from orthoft.merging.files.tensors import as_matrix
 from orthoft.merging.files.writer import Shard, refuse_existing
 from orthoft.merging.outputs import Options, Output, get_output
@@ -26,6 +25,7 @@ from orthoft.merging.reports.report import PAGE, REPORT, MergeReport, WeightRepo
 from orthoft.merging.resume.identity import Identity
 from orthoft.merging.resume.journal import Record
 from orthoft.merging.resume.partial import Partial, partial_folder
+from orthoft.merging.threads import torch_threads
 from orthoft.merging.weightwise import Rescale
 from orthoft.merging.wish import Overrides
 
@@ -147,9 +147,16 @@ def merge(
 
 
 def _refuse_own_folders(todo: MergePlan, out: Path) -> None:
-    for folder in (todo.base.folder, *(source.folder for source in todo.sources)):
-        if out.exists() and (folder.resolve() == out.resolve() or out.resolve() in folder.resolve().parents):
-            raise ValueError(f"the output folder {out} holds what is merged ({folder}): choose another")
+    place = out.resolve()
+    read = [todo.base.folder, *(source.folder for source in todo.sources)]
+    for path in (*read, *(numbers.file for numbers in todo.statistics.values())):
+        if place in (path.resolve(), *path.resolve().parents):
+            raise ValueError(f"the output folder {out} holds what is merged ({path}): choose another")
+    if todo.base.folder.resolve() in place.parents:
+        raise ValueError(
+            f"the output folder {out} is inside the base ({todo.base.folder}), whose folders are carried over: choose "
+            "another"
+        )
 
 
 class Run:
@@ -172,6 +179,7 @@ class Run:
         self._waiting = list(todo.merged) if self._finish else [] if output.shards else output.names
         self._files = {name: partial.scratch / f"{self._key(name)}.safetensors" for name in self._waiting}
         self._scale = 1.0
+        self._threads = torch.get_num_threads()
 
     @property
     def steps(self) -> int:
@@ -206,11 +214,17 @@ class Run:
     def _key(self, name: str) -> str:
         return self._identity.weight(name, scaled=self._finish is None)
 
+    def _found(self, key: str) -> Record | None:
+        """Return the record of what is finished, unless its reports lack the diagnostics that are asked for now."""
+        record = self._partial.journal.find(key)
+        lacking = record is not None and any(entry.diagnostics is None for entry in record.merged)
+        return None if lacking and self._diagnostics else record
+
     def _keep(self, name: str, tick: Callable[[int], object]) -> WeightReport:
         """Put a merged delta on disk, unless it is there."""
-        record = self._partial.journal.find(self._key(name))
+        record = self._found(self._key(name))
         if record is None:
-            weight = as_matrix(at_least_float32(self._plan.base[name]))
+            weight = as_matrix(self._plan.base[name])
             delta, entry = self._merge(name, weight)
             delta = self._output.keep(delta, entry) if name in self._output.names else delta
             file = self._files[name]
@@ -223,7 +237,7 @@ class Run:
     def _write_shard(self, shard: Shard, tick: Callable[[int], object]) -> list[WeightReport]:
         """Write a shard, unless it is there."""
         key = self._identity.shard(shard, self._scale)
-        record = self._partial.journal.find(key)
+        record = self._found(key)
         if record is not None:
             tick(sum(1 for name, *_ in shard.tensors if name in self._plan.merged))
             return record.merged
@@ -243,7 +257,8 @@ class Run:
 
     def _merge(self, name: str, weight: Tensor) -> tuple[Delta, WeightReport]:
         scale = self._plan.merged[name].choice.post.scale if self._finish is None else 1.0
-        return merged_delta(self._plan, name, weight, scale, self._device, self._diagnostics)
+        with torch_threads(1 if is_small(self._plan, name) else self._threads):
+            return merged_delta(self._plan, name, weight, scale, self._device, self._diagnostics)
 
 
 @contextmanager

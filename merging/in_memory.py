@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from orthoft.delta import Delta
+from orthoft.merging.files.tensors import is_finite
 from orthoft.merging.weightwise import Rescale, Statistics, merge_weight, weight_generator, weighted_norms
 from orthoft.merging.wish import wish_for
 
@@ -73,5 +73,5 @@ def _check(deltas: Sequence[Delta]) -> None:
     for index, delta in enumerate(deltas):
         if delta.shape != deltas[0].shape:
             raise ValueError(f"delta {index} has shape {delta.shape}, delta 0 has {deltas[0].shape}")
-        if not all(torch.isfinite(part).all() for part in delta.factors() or (delta.dense(),)):
+        if not all(is_finite(part) for part in delta.factors() or (delta.dense(),)):
             raise ValueError(f"delta {index} contains NaN or Inf")

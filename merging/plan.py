@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def plan(
     tensors = TensorFolder(find_folder(base, "base"))
     opened = tuple(open_source(name, find_folder(path, f"source {name!r}"), tensors) for name, path in named)
     earlier, more = continued(wish.method.name, wish.bound()[0], wish.weights, opened)
-    touched = [name for name in tensors if any(name in source.ranks for source in opened)]
+    full = [name for name in tensors if prod(tensors.shape(name))]  # an empty tensor has nothing to change
+    touched = [name for name in full if any(name in source.ranks for source in opened)]
     check_patterns((*wish.include, *wish.exclude, *wish.overrides), touched)
     merged = {name: _plan_weight(name, tensors.shape(name), opened, wish) for name in touched if wish.selects(name)}
     if touched and not merged:
@@ -89,7 +91,7 @@ def plan(
         merged,
         numbers,
         (*more, *_notes(tensors, opened, merged), *_notes_on_statistics(wish.method.name, numbers, merged)),
-        {source.name: source.not_carried + _left_out(source, merged) for source in opened},
+        {source.name: source.not_carried + _left_out(source, wish) for source in opened},
         earlier,
     )
 
@@ -100,12 +102,12 @@ def named_sources(sources: Sources) -> list[tuple[str, PathLike]]:
         raise ValueError(
             f"sources is a sequence of at least one folder, Hub id or (name, folder) pair, got {sources!r}"
         )
-    named: list[tuple[str, PathLike]] = []
+    named: dict[str, PathLike] = {}
     for source in sources:
-        name, path = source if isinstance(source, tuple) else (Path(source).name, source)
-        taken = sum(1 for other, _ in named if other == name or other.startswith(f"{name}#"))
-        named.append((f"{name}#{taken + 1}" if taken else name, path))
-    return named
+        name, path = source if isinstance(source, tuple) else (Path(source).name or Path(source).resolve().name, source)
+        unique = (name, *(f"{name}#{number}" for number in range(2, len(sources) + 2)))
+        named[next(free for free in unique if free not in named)] = path
+    return list(named.items())
 
 
 def _plan_weight(name: str, shape: tuple[int, ...], sources: Sequence[Source], wish: Wish) -> WeightPlan:
@@ -115,15 +117,16 @@ def _plan_weight(name: str, shape: tuple[int, ...], sources: Sequence[Source], w
         choice = wish.of(name, [source.name for source in sources]).choice(ranks, vector=min(matrix_shape(shape)) == 1)
     except ValueError as error:
         dense = [source.name for source in touching if source.ranks[name] is None]
-        raise ValueError(f"weight {name!r}: {error} (dense here: {', '.join(dense)})") from error
+        told = f" (dense here: {', '.join(dense)})" if dense else ""
+        raise ValueError(f"weight {name!r}: {error}{told}") from error
     known = [rank for rank in ranks if rank is not None]
     factored = choice.space.keeps_factors and len(known) == len(ranks)
     rank = min(*matrix_shape(shape), sum(known)) if factored else None
     return WeightPlan(name, shape, tuple(source.name for source in touching), choice, rank)
 
 
-def _left_out(source: Source, merged: Mapping[str, WeightPlan]) -> list[str]:
-    return [f"{name}: left out by a filter" for name in source.ranks if name not in merged]
+def _left_out(source: Source, wish: Wish) -> list[str]:
+    return [f"{name}: left out by a filter" for name in source.ranks if not wish.selects(name)]
 
 
 def _notes(base: TensorFolder, sources: Sequence[Source], merged: Mapping[str, WeightPlan]) -> list[str]:

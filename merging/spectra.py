@@ -37,9 +37,12 @@ def range_svd(matrix: Tensor, floor: float = 0.0) -> Triplets:
 def leading_svd(matrix: Tensor, count: int, floor: float = 0.0) -> Triplets:
     """Return the first ``count`` triplets of `range_svd`, or all if they are fewer.
 
-    A few triplets of a float32 matrix come from the float32 Gram matrix, at half the time, unless they reach below its
-    precision: it gives the subspace, and the triplets within it are those of a float64 SVD.
+    Those of a matrix of lower rank come from a sketch that holds all of it. A few triplets of a float32 matrix come
+    from the float32 Gram matrix, at half the time, unless they reach below its precision: it gives the subspace, and
+    the triplets within it are those of a float64 SVD.
     """
+    if (sketched := _sketched(matrix, count, floor)) is not None:
+        return sketched
     if matrix.dtype == torch.float32 and 0 < 4 * count <= min(matrix.shape):
         tall = _tall(matrix)
         squares, V = torch.linalg.eigh(tall.mT @ tall)
@@ -49,6 +52,25 @@ def leading_svd(matrix: Tensor, count: int, floor: float = 0.0) -> Triplets:
             return _oriented(matrix, U, s, V @ Wh.mT)
     U, s, Vh = range_svd(matrix, floor)
     return U[:, :count], s[:count], Vh[:count]
+
+
+def _sketched(matrix: Tensor, count: int, floor: float) -> Triplets | None:
+    """Return the first triplets of a matrix of rank ``count + 8`` or less, None of any other.
+
+    The products with as many random vectors span its range; whether they do is checked on the whole matrix.
+    """
+    size = count + 8
+    if 4 * size > min(matrix.shape):
+        return None
+    random = torch.randn(matrix.shape[1], size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    Q = torch.linalg.qr(matrix @ random.to(matrix)).Q
+    Q = torch.linalg.qr(matrix @ (matrix.mT @ Q)).Q  # (m, size), once more for the directions that came out short
+    within = Q.mT @ matrix  # (size, n)
+    exact = 16 * torch.finfo(matrix.dtype).eps
+    if torch.linalg.vector_norm(matrix - Q @ within) > exact * torch.linalg.vector_norm(matrix):
+        return None
+    U, s, Vh = range_svd(within, floor)
+    return (Q @ U)[:, :count], s[:count], Vh[:count]
 
 
 def svd(matrix: Tensor, range: Range, count: int | None = None, floor: float = 0.0) -> Triplets:

@@ -18,13 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from orthoft.errors import unknown
 from orthoft.linalg import at_least_float32
-from orthoft.merging.files.tensors import TensorFolder, as_matrix, matrix_shape
+from orthoft.merging.files.tensors import TensorFolder, as_matrix, is_finite, matrix_shape
 from orthoft.merging.sources.names import match_prefix
 
 STEM = "statistics"
@@ -89,7 +88,7 @@ class Statistics:
             return None
         own = self.weights[name]
         numbers = at_least_float32(self._tensors[own])
-        if not torch.isfinite(numbers).all():
+        if not is_finite(numbers):
             raise ValueError(f"{self._what(own)} contains NaN or Inf")
         if self.kind == "gram":
             return self._symmetric(numbers, own)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from orthoft.delta import Delta, Dense
+from orthoft.delta import Delta, Dense, LowRank
 from orthoft.errors import unknown
 from orthoft.merging.methods import Finish, Method
 from orthoft.merging.methods.opcm import mean_task_norm
@@ -84,6 +84,8 @@ def merge_weight(
     whole in memory.
     """
     method, space = choice.method, choice.space
+    if method.coefficients is not None and _stays_factored(deltas, choice):
+        return _summed(deltas, method.coefficients(choice.weights), choice, scale)
     given = {"generator": generator, "base": base if space.name == "full" else None, "statistics": statistics}
     extras = {name: extra for name, extra in given.items() if method.needs(name)}
     decode: Callable[[Tensor], Delta] = Dense
@@ -112,6 +114,35 @@ def weight_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
+def _stays_factored(deltas: Sequence[Delta], choice: Choice) -> bool:
+    """Say whether factors side by side are the result of a linear method: no more of them than the weight has rank."""
+    ranks = [delta.rank() for delta in deltas]
+    total = sum(rank or 0 for rank in ranks)
+    factored = choice.space.keeps_factors and None not in ranks and total <= min(deltas[0].shape)
+    return factored and not choice.post.isotropise
+
+
+def _summed(deltas: Sequence[Delta], coefficients: Tensor, choice: Choice, scale: float) -> Merged:
+    """Return ``sum_t c_t B_t A_t = [c_1 B_1 ... c_T B_T] [A_1; ...; A_T]``, which needs no common bases.
+
+    Norms come from the inner products ``<B_s A_s, B_t A_t>``, sums over blocks of ``(B^T B) o (A A^T)`` in float64.
+    """
+    factors = [found for delta in deltas if (found := delta.factors()) is not None]
+    sizes = torch.tensor([B.shape[1] for B, _ in factors])
+    B, A = torch.cat([B for B, _ in factors], 1), torch.cat([A for _, A in factors])  # (m, R), (R, n)
+    products = (B.mT.double() @ B.double()) * (A.double() @ A.mT.double())
+    own = torch.arange(len(sizes)).repeat_interleave(sizes)  # (R,), the task of each factor
+    blocks = (own == torch.arange(len(sizes))[:, None]).to(products)  # (T, R)
+    gram = blocks @ products @ blocks.mT  # (T, T)
+    norms: list[float] = gram.diagonal().clamp(min=0).sqrt().tolist()
+    c = coefficients.to(gram)
+    norm = float((c @ gram @ c).clamp(min=0).sqrt())
+    if choice.post.rescale == "weight":
+        scale *= mean_task_norm(norm, [abs(w) * n for w, n in zip(choice.weights.tolist(), norms, strict=True)])
+    each = (scale * coefficients).repeat_interleave(sizes).to(B)
+    return Merged(LowRank(B * each, A), abs(scale) * norm, norms)
+
+
 def _by_rows(deltas: Sequence[Delta], choice: Choice, extras: Mapping[str, Any]) -> tuple[Tensor, list[float]]:
     """Merge slices of rows by a row-wise method; return the result (m, n) and the tasks' norms (T,)."""
     method, (m, n) = choice.method, deltas[0].shape
@@ -124,7 +155,7 @@ def _by_rows(deltas: Sequence[Delta], choice: Choice, extras: Mapping[str, Any])
     for start in range(0, m, rows):
         stop = min(start + rows, m)
         x = torch.stack([delta.rows(start, stop) for delta in deltas])  # (T, rows, n)
-        squares += torch.linalg.vector_norm(x, dim=(1, 2)).double() ** 2
+        squares += torch.linalg.vector_norm(x, dim=(1, 2)).double().cpu() ** 2
         own = {name: _rows_of(name, extra, start, stop) for name, extra in extras.items()}
         merged = x.new_empty(m, n) if merged is None else merged
         merged[start:stop] = method.merge(x, choice.weights, **choice.params, **own)

@@ -65,9 +65,17 @@ class Wish:
                 raise unknown(f"source in the weights of {pattern!r}", source, sources)
             weights[list(sources).index(source)] = finite_number(f"the weight of {source!r} in {pattern!r}", number)
         scale = finite_number(f"the scale of {pattern!r}", known.get("scale", self.post.scale))
-        params = {**self.params, **{key: value for key, value in words.items() if key not in known}}
         space = known.get("space", self.space)
+        params = {**self._params_in(space), **{key: value for key, value in words.items() if key not in known}}
         return replace(self, space=space, params=params, weights=weights, post=replace(self.post, scale=scale))
+
+    def _params_in(self, space: str) -> Mapping[str, Any]:
+        """Return the parameters without those that only the space knows, if another one is taken."""
+        old = get_space(self.space)
+        if old is None or old is get_space(space):
+            return self.params
+        mine = old.parameters.types.keys() - self.method.parameters.types.keys()
+        return {name: value for name, value in self.params.items() if name not in mine}
 
     def choice(self, ranks: Sequence[int | None], vector: bool) -> Choice:
         """Return how a weight is merged whose deltas have these ranks, None where one has no factors.
@@ -87,6 +95,8 @@ class Wish:
         if not where.isometric and (self.post.isotropise or self.post.rescale == "weight"):
             raise ValueError(f"isotropise and rescale='weight' have no meaning in space {where.name!r}: leave them out")
         own = of_space if where is space else where.parameters.bind({})
+        if commutes and own.get("basis", "") is None:
+            own = {**own, "basis": "qr"}
         return Choice(self.method, params, where, own, self.weights, self.post)
 
     def refuse_space(self) -> None:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from orthoft.krylov import leading_triplets
 from orthoft.linalg import add_block_product, at_least_float32
 
 
@@ -55,15 +56,19 @@ class Delta(ABC):
     def truncated(self, rank: int) -> tuple[LowRank, Tensor]:
         """Return the best approximation of at most this rank, and the Frobenius norm of what it leaves out.
 
-        By SVD in float64, of the (r, r) core where there are factors, never of the (m, n) product then. ``B`` carries
-        the singular values, the rows of ``A`` are orthonormal.
+        In float64: by SVD of the (r, r) core where there are factors, never of the (m, n) product then, else by
+        `orthoft.krylov.leading_triplets`. ``B`` carries the singular values, the rows of ``A`` are orthonormal.
         """
         factors = self.factors()
-        parts = (self.dense(),) if factors is None else factors
-        dtype = torch.promote_types(parts[0].dtype, torch.float32)
-        U, s, Vh = _thin_svd(*(part.double() for part in parts))
-        kept = LowRank((U[:, :rank] * s[:rank]).to(dtype), Vh[:rank].to(dtype).contiguous())
-        return kept, torch.linalg.vector_norm(s[rank:])
+        if factors is None:
+            whole = at_least_float32(self.dense())
+            U, s, Vh = leading_triplets(whole, rank)
+            lost = torch.linalg.vector_norm(whole - (U * s) @ Vh)
+        else:
+            U, s, Vh = _factored_svd(*(factor.double() for factor in factors))
+            lost = torch.linalg.vector_norm(s[rank:])
+        dtype = torch.promote_types((whole if factors is None else factors[0]).dtype, torch.float32)
+        return LowRank((U[:, :rank] * s[:rank]).to(dtype), Vh[:rank].to(dtype).contiguous()), lost
 
 
 class Dense(Delta):
@@ -214,11 +219,8 @@ class Transposed(Delta):
         return Transposed(self.inner.upcast())
 
 
-def _thin_svd(left: Tensor, right: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the thin SVD of ``left``, or of ``left @ right`` (m, r), (r, n) through QR of both."""
-    if right is None:
-        U, s, Vh = torch.linalg.svd(left, full_matrices=False)
-        return U, s, Vh
+def _factored_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the thin SVD of ``left @ right`` (m, r), (r, n) through QR of both."""
     Q_left, R_left = torch.linalg.qr(left)
     Q_right, R_right = torch.linalg.qr(right.mT)
     U, s, Vh = torch.linalg.svd(R_left @ R_right.mT, full_matrices=False)

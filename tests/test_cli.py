@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from tiny import label_task, save_bert
 
 from orthoft.cli import main
 from orthoft.cli.merge import parse_param, parse_source
+
+COMMANDS = ("run", "finetune", "merge", "convert", "inspect", "methods", "spaces", "outputs", "adapters")
 
 
 @pytest.fixture(scope="module")
@@ -92,31 +95,55 @@ def test_help_teaches_and_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1].strip() == "heavy:"
-    for command in ("run", "finetune", "merge", "convert", "inspect", "methods"):
+    for command in COMMANDS:
         assert f"\n  {command} " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["run", "finetune", "merge", "convert", "inspect", "methods"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert outcome(command, "--help") == 0
     assert f"Example: orthoft {command}" in " ".join(capsys.readouterr().out.split())
 
 
-def test_methods_are_listed_from_the_registries(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("kind", ["methods", "spaces", "outputs", "adapters"])
+def test_choices_are_listed_from_the_registries(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     from orthoft.adapters import ADAPTERS
-    from orthoft.merging import METHODS, SPACES
+    from orthoft.merging import METHODS, OUTPUTS, SPACES
 
-    assert outcome("methods", "--json") == 0
+    registries: dict[str, Mapping[str, object]] = {
+        "methods": METHODS,
+        "spaces": SPACES,
+        "outputs": OUTPUTS,
+        "adapters": ADAPTERS,
+    }
+    assert outcome(kind, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert [list(found[kind]) for kind in ("methods", "spaces", "adapters")] == [
-        list(METHODS),
-        list(SPACES),
-        list(ADAPTERS),
-    ]
-    assert found["methods"]["opcm"]["parameters"] == {"alpha": 0.5}
-    assert all(entry["says"] for kind in ("methods", "spaces", "outputs", "adapters") for entry in found[kind].values())
-    assert outcome("methods") == 0
-    assert "alpha=0.5" in capsys.readouterr().out
+    assert set(found) == set(registries[kind])
+    assert all(entry["says"] and "``" not in entry["says"] for entry in found.values())
+    assert outcome(kind) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line and line[0] != " "][:-1] == list(found)
+    assert max(map(len, lines)) <= 118
+    for name in found:
+        assert outcome(kind, name) == 0
+        said = capsys.readouterr().out
+        assert said.startswith(name)
+        assert all(parameter in said for parameter in found[name].get("parameters", ()))
+    assert outcome(kind, "nonsense") == 2
+    assert f"error: unknown {kind[:-1]} 'nonsense'" in capsys.readouterr().err
+
+
+def test_a_method_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome("methods", "ties") == 0
+    said = capsys.readouterr().out
+    assert "density=0.2, consensus=mean (or weighted_mean, sum)" in said
+    assert "s = sign(sum_t y_t)" in said
+    assert outcome("methods", "regmean", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert list(told) == ["regmean"]
+    assert told["regmean"]["statistics"] == "gram"
+    assert told["regmean"]["arxiv"] == ["2212.09849"]
+    assert told["regmean"]["parameters"] == {"reduce": 0.9, "ridge": 1e-6}
 
 
 def test_inspect_tells_an_adapter_and_a_checkpoint(models: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ ROOMS = {"orthoft": ROOT / "orthoft", "orthoft.merging": ROOT / "merging", "orth
 FLOORS = [
     "errors",
     "linalg",
+    "krylov",
     "bases",
     "givens",
     "sparse",

@@ -142,19 +142,31 @@ def found(**changes: object) -> Findings:
         "ranks": (4, 4),
         "dense": (),
         "turning": False,
-        "half": False,
+        "defect": None,
+        "bfloat16": False,
     }
     return Findings(**{**plain, **changes})  # type: ignore[arg-type]
 
 
 def test_rules_hold_on_both_sides_of_their_bounds() -> None:
-    assert advise(found()) == [Advice("task_arithmetic", "auto", "no measured number speaks against a sum")]
+    numbers = "mean cosine 0.10, sign conflict 0.50, input overlap 0.20 with chance 0.10"
+    assert advise(found()) == [
+        Advice("task_arithmetic", "auto", f"no measured number speaks against a sum ({numbers})")
+    ]
     assert [one.method for one in advise(found(tasks=("a",), norms=(1.0,), cosine=None))] == ["task_arithmetic"]
     assert [one.method for one in advise(found(conflict=0.56))] == ["ties"]
-    assert [one.method for one in advise(found(cosine=0.31, overlap=0.9))] == ["mean"]
+    assert [one.method for one in advise(found(conflict=0.54))] == ["task_arithmetic"]
+    assert [one.method for one in advise(found(cosine=0.34))] == ["mean"]
+    assert [one.method for one in advise(found(cosine=0.33))] == ["task_arithmetic"]
+    assert [one.method for one in advise(found(cosine=0.21, tasks=tuple("abcd")))] == ["mean"]
+    assert [one.method for one in advise(found(cosine=0.34, overlap=0.9))] == ["mean"]
     assert [one.method for one in advise(found(overlap=0.26))] == ["tsv"]
-    assert "float32 or a LoRA" in advise(found(half=True, relative=0.009))[-1].why
-    assert len(advise(found(half=False, relative=0.009))) == len(advise(found(half=True, relative=0.02))) == 1
+    assert [one.method for one in advise(found(cross_talk=2e-3))] == ["task_arithmetic"]
+    assert "is 9.0e-04, below 0.001" in advise(found(cross_talk=9e-4))[0].why
+    faint = advise(found(bfloat16=True, relative=0.005))[-1].why
+    assert "the changes are 0.50% of the weights" in faint
+    assert "about 34% of them: write float32 or a LoRA" in faint
+    assert len(advise(found(bfloat16=False, relative=0.009))) == len(advise(found(bfloat16=True, relative=0.02))) == 1
 
 
 def test_reports_are_told_as_text_json_and_a_page(base: Path, tmp_path: Path) -> None:

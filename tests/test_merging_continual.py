@@ -214,7 +214,12 @@ def test_broken_deltas_are_told_in_one_line(made: dict, tmp_path: Path) -> None:
         ({**config, "version": 2}, tensors, r"has version 2, this orthoft reads version 1"),
         ({**config, "scale": None}, tensors, r"lacks 'scale' \(a number, not 0\) or 'task_norms'"),
         (config, {**tensors, "other.weight.B": torch.ones(2, 2)}, r"has 'other.weight', .* has not"),
-        (config, {**tensors, name: torch.cat([tensors[name]] * 2)}, r"outputs and inputs, the base's has shape"),
+        ({**config, "scale": True}, tensors, r"lacks 'scale' \(a number, not 0\) or 'task_norms'"),
+        ({**config, "task_norms": ["1"]}, tensors, r"or 'task_norms' \(a list of numbers\)"),
+        ({**config, "params": [1]}, tensors, r"has the 'params' \[1\], which are no object"),
+        (config, {**tensors, name: torch.cat([tensors[name]] * 2)}, r"has parts of shapes .*, the base's has shape"),
+        (config, {**tensors, name: tensors[name].flatten()}, r"has parts of shapes .*, the base's has shape"),
+        (config, {**tensors, name: tensors[name][..., None]}, r"has parts of shapes .*, the base's has shape"),
         (config, {**tensors, name: tensors[name] / 0}, r"contains NaN or Inf"),
     ]
     for new_config, new_tensors, message in broken:

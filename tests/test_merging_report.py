@@ -211,7 +211,12 @@ def test_totals_are_weighted_by_norms() -> None:
 # Reports
 
 
-def report(layers: int = 3, tasks: Sequence[str] = ("law", "a & <b>"), diagnosed: bool = True) -> MergeReport:
+def report(
+    layers: int = 3,
+    tasks: Sequence[str] = ("law", "a & <b>"),
+    diagnosed: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> MergeReport:
     made = MergeReport(
         base="models/base",
         sources=dict.fromkeys(tasks, "LORA"),
@@ -229,7 +234,9 @@ def report(layers: int = 3, tasks: Sequence[str] = ("law", "a & <b>"), diagnosed
         for module in ("q_proj", "down_proj"):
             deltas = [low_rank(10 * layer + t) for t in range(len(tasks))]
             told = (
-                diagnose(deltas, [1.0] * len(tasks), deltas[0], normal(M, N), torch.Generator()) if diagnosed else None
+                diagnose(deltas, [1.0] * len(tasks), deltas[0], 50 * normal(M, N), torch.Generator(), dtype)
+                if diagnosed
+                else None
             )
             name = f"model.layers.{layer}.{module}.weight"
             norms = {task: float(delta.norm()) for task, delta in zip(tasks, deltas, strict=True)}
@@ -320,6 +327,30 @@ def test_the_page_shows_every_weight_and_task_and_loads_nothing(tmp_path: Path) 
     assert all(title in words for title in titles)
 
 
+def test_the_page_leaves_out_what_says_nothing() -> None:
+    """A float32 base is not rounded to speak of, nothing is truncated in a checkpoint, and dense results have no rank."""
+    made = report(dtype=torch.float32)
+    words = Reader(made.page().html()).words
+    assert "Rounding" not in words
+    assert "rounding" in words
+    assert not {"rank", "truncation"} & set(words)
+    made.merged[0].truncation_error, made.merged[0].rank = 0.25, 4
+    assert {"rank", "truncation", "0.25"} <= set(Reader(made.page().html()).words)
+
+
+def test_the_report_is_strict_json(tmp_path: Path) -> None:
+    made = report(1)
+    made.merged[0].norm = float("inf")
+    made.save(tmp_path / "report.json")
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    told = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert told["merged"][0]["norm"] is None
+    assert told["merged"][1]["norm"] == made.merged[1].norm
+
+
 def test_a_page_without_diagnostics_or_with_one_task_is_whole() -> None:
     plain = Reader(report(diagnosed=False).page().html())
     assert not plain.open
@@ -369,6 +400,8 @@ def test_pictures_say_what_they_are_given() -> None:
     assert 'class="neg"' in shown
     assert "--v:0.50" in shown
     assert "r&amp;1" in shown
+    around = heat_map(["r"], ["a", "b", "c"], [[0.5, 0.25, 0.9]], top=1.0, middle=0.5)
+    assert [around.count(text) for text in ("--v:0.00", "--v:0.50", "--v:0.80", 'class="neg"')] == [1, 1, 1, 1]
     drawn = curves("w", {"a": [10.0, 1.0, 0.0], "b": []})
     points = drawn.split('points="')[1].split('"')[0].split()
     (_, top), (_, below) = (point.split(",") for point in points)

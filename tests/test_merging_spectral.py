@@ -235,6 +235,15 @@ def test_cart_adds_what_differs_from_the_mean() -> None:
     assert relative(merge_deltas(deltas, method="cart", rank_fraction=0.0).dense(), centre) < 1e-6
 
 
+def test_cart_does_not_count_the_rounding_of_a_task_at_the_mean() -> None:
+    """The last task is the mean up to rounding, whose full rank would let ten times as many triplets in."""
+    a, d, e = (task.dense() for task in loras([3, 3, 3]))
+    tasks = [a + d, a + e, a - d - e, a]
+    got = merge_deltas([Dense(task) for task in tasks], method="cart", rank_fraction=0.1, scaling=1.0).dense()
+    leading = [torch.linalg.svd(rest.double(), full_matrices=False) for rest in (d, e, -d - e)]
+    assert relative(got - a, sum(U[:, :1] * s[:1] @ Vh[:1] for U, s, Vh in leading)) < 1e-4
+
+
 def wudi_loss(X: Tensor, tasks: list[Tensor]) -> float:
     return sum((((X - task) @ task.mT).norm() / task.norm()).item() ** 2 for task in tasks)
 

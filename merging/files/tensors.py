@@ -90,6 +90,11 @@ class TensorFolder(Mapping[str, Tensor]):
         return file, 8 + header + entry.start, entry.stop - entry.start
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Say whether there is neither NaN nor Inf, at the price of a sum where there is none."""
+    return bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all())
+
+
 def as_matrix(tensor: Tensor) -> Tensor:
     """Return the tensor as the (m, n) matrix that deltas speak of: (outputs, all else), or (1, n) for vectors."""
     return tensor.flatten(1) if tensor.ndim >= 2 else tensor.reshape(1, -1)

@@ -51,7 +51,7 @@ LEFT_OUT = (
     ),
     *("optimizer*", "scheduler.*", "rng_state*", "trainer_state.json", "README.md", "report.json", "report.html", ".*"),
 )
-LEFT_OUT_FOLDERS = ("checkpoint-*", "onnx", "openvino", "runs", ".*")
+LEFT_OUT_FOLDERS = ("checkpoint-*", "onnx", "openvino", "original", "runs", ".*")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         FileExistsError: ``out`` exists and may not be overwritten.
     """
     refuse_existing(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(out)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         yield partial
@@ -89,13 +89,29 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:
-    """Raise a FileExistsError if ``out`` exists, unless it is a folder that may be overwritten."""
+    """Raise a FileExistsError if ``out`` exists, unless it is a folder that may be overwritten.
+
+    Raises:
+        ValueError: ``out`` has no name of its own, as "." and "..", so that nothing can be put in its place.
+    """
+    if out.name in ("", ".."):
+        raise ValueError(f"the output folder needs a name, got {str(out)!r}")
     if out.is_dir() and overwrite:
         return
     if out.exists() or out.is_symlink():
         if out.is_dir():
             raise FileExistsError(f"output folder exists: {out} (choose another, or replace it by overwrite)")
         raise FileExistsError(f"output is a file: {out} (choose another)")
+
+
+def make_parent(out: Path) -> None:
+    """Make the folder that ``out`` is to stand in, or raise an OSError that says why nothing can be written there."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"nothing can be written into {out.parent} ({error.strerror})") from error
 
 
 def sharded(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], limit: int) -> list[Shard]:

@@ -89,6 +89,7 @@ def same_when_tied(head: Tensors, embedding: Tensors) -> bool:
 @reader(
     "LORA",
     prefix="lora_",
+    weightless=True,
     extent=_extent,
     refusals=_refusals,
     advice=_advice,

@@ -53,7 +53,8 @@ class Reader:
     ``shared`` names tensors of the file that belong to all modules, and ``restore`` makes them if they are not saved,
     from the configuration and the (outputs, inputs) of all adapted weights. ``bias`` is the tensor of a module that
     changes its bias, by the numbers that ``read_bias`` returns of the module's tensors. ``same`` says of the tensors of
-    an output head and of an embedding that they are one adapter, of tied weights.
+    an output head and of an embedding that they are one adapter, of tied weights. ``weightless``: factors, where there
+    are some, do not depend on the numbers of the weight.
     """
 
     peft_type: str
@@ -69,6 +70,7 @@ class Reader:
     bias: str | None = None
     read_bias: Callable[[Config, str, Tensors], Tensor] | None = None
     same: Callable[[Tensors, Tensors], bool] | None = None
+    weightless: bool = False
 
 
 READERS: dict[str, Reader] = {}

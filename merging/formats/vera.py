@@ -40,6 +40,7 @@ def _extent(config: Config, shapes: Shapes) -> Extent:
 @reader(
     "VERA",
     prefix="vera_lambda_",
+    weightless=True,
     extent=_extent,
     fields=FIELDS,
     names=NAMES,

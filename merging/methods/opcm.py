@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from orthoft.merging.methods.registry import method, weighted
@@ -45,8 +46,17 @@ def opcm(x: Tensor, weights: Tensor, *, alpha: float = 0.5) -> Tensor:
 
 def shared(task: Tensor, merged: Tensor, alpha: float, floor: float) -> Tensor:
     """Return what OPCM removes from ``task`` (p, q): ``U (mask o (U^T D V)) V^T`` over the range of ``merged``."""
-    U, s, Vh = range_svd(merged, floor)
+    p, q = corner(merged)  # in triangular bases a sum of t tasks is zero outside of its first t r rows and columns
+    U, s, Vh = range_svd(merged[:p, :q], floor)
     k = int((s.cumsum(0) <= alpha * s.sum()).sum()) if alpha < 1.0 else len(s)
-    block = U[:, :k].mT @ task @ Vh[:k].mT  # (k, k)
-    diagonal = ((U[:, k:].mT @ task) * Vh[k:]).sum(1)  # (r - k,)
-    return U[:, :k] @ (block @ Vh[:k]) + U[:, k:] * diagonal @ Vh[k:]
+    within, removed = task[:p, :q], torch.zeros_like(task)
+    block = U[:, :k].mT @ within @ Vh[:k].mT  # (k, k)
+    diagonal = ((U[:, k:].mT @ within) * Vh[k:]).sum(1)  # (r - k,)
+    removed[:p, :q] = U[:, :k] @ (block @ Vh[:k]) + U[:, k:] * diagonal @ Vh[k:]
+    return removed
+
+
+def corner(matrix: Tensor) -> tuple[int, int]:
+    """Return the number of leading rows and columns outside of which a matrix is zero, at least one of each."""
+    rows, columns = (matrix != 0).any(1).nonzero(), (matrix != 0).any(0).nonzero()
+    return (int(rows[-1]) + 1, int(columns[-1]) + 1) if len(rows) else (1, 1)

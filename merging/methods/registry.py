@@ -40,6 +40,8 @@ class Method:
         rowwise: each row of the result depends on that row of ``x`` only (given ``prepared``), so that the engine may
             go through a large weight in slices of rows.
         prepare: ``(x_t (p, q), **params) -> Tensor``, what a row-wise method has to know of each whole task.
+        coefficients: weights (T,) -> ``c`` (T,) of a linear method, ``sum_t c_t x_t``: of factors it is the factors
+            side by side, in any coordinates.
         finish: a scale of the whole merged model, (||merged||, [||w_t D_t||]) -> scale, from Frobenius norms over all
             weights together. The engine multiplies each merged weight by it after the last one is known.
     """
@@ -51,6 +53,7 @@ class Method:
     entries: Callable[[Params], bool]
     rowwise: bool
     prepare: Prepare | None
+    coefficients: Callable[[Tensor], Tensor] | None
     finish: Finish | None
 
     def bind(self, given: Params) -> dict[str, Any]:
@@ -78,13 +81,16 @@ def method(
     entries: Property = False,
     rowwise: bool = False,
     prepare: Prepare | None = None,
+    coefficients: Callable[[Tensor], Tensor] | None = None,
     finish: Finish | None = None,
 ) -> Callable[[Merge], Merge]:
     """Register a pure function as the merge method of this name; see `Method`."""
 
     def register(merge: Merge) -> Merge:
         parameters = Parameters(f"method {name!r}", merge)
-        METHODS[name] = Method(name, merge, parameters, _of(commutes), _of(entries), rowwise, prepare, finish)
+        METHODS[name] = Method(
+            name, merge, parameters, _of(commutes), _of(entries), rowwise, prepare, coefficients, finish
+        )
         return merge
 
     return register
@@ -100,6 +106,12 @@ def get_method(name: str) -> Method:
 def weighted(x: Tensor, weights: Tensor) -> Tensor:
     """Return ``w_t x_t`` (T, p, q)."""
     return x * weights.to(x).reshape(-1, 1, 1)
+
+
+def combined(x: Tensor, coefficients: Tensor) -> Tensor:
+    """Return ``sum_t c_t x_t`` (p, q), in one pass."""
+    total: Tensor = torch.tensordot(coefficients.to(x), x, dims=1)
+    return total
 
 
 def _of(prop: Property) -> Callable[[Params], bool]:

@@ -17,8 +17,9 @@ from orthoft.merging.outputs.registry import DeltaOf, DeltaOn, Options, Output, 
 from orthoft.merging.plan import MergePlan
 from orthoft.merging.reports.report import MergeReport
 from orthoft.merging.sources.adapter import MERGEABLE
+from orthoft.merging.threads import torch_threads
 
-SLICE = 1 << 18  # entries that are added and rounded at once: 1 MB in float32, which stays in the cache
+SLICE = 1 << 19  # entries that are added and rounded at once: 2 MB in float32, which stays in the cache
 
 
 @output("checkpoint")
@@ -55,7 +56,8 @@ class CheckpointOutput(Output):
                     out.begin(piece.name, *stored[piece.name])
                 out.append(result)
 
-            stream(pieces, work, write)
+            with torch_threads(1):
+                stream(pieces, work, write)
         return out.digest
 
     def _dtype(self, name: str) -> torch.dtype:
@@ -65,7 +67,7 @@ class CheckpointOutput(Output):
     def _merged(self, name: str, tensor: Tensor, delta_on: DeltaOn) -> Tensor:
         """Return base + delta, in the base's own memory where the dtype stays."""
         dtype, stored = self._dtype(name), as_matrix(tensor)
-        delta = delta_on(name, at_least_float32(stored))
+        delta = delta_on(name, stored)
         out = stored if dtype == stored.dtype else torch.empty(stored.shape, dtype=dtype)
         return add_rounded(stored, delta, out, name)
 

@@ -42,6 +42,9 @@ class LoraOutput(Output):
 
     def keep(self, delta: Delta, entry: WeightReport) -> LowRank:
         factors, rank = delta.factors(), self.options.rank
+        if factors is not None and factors[0].shape[1] == 0:  # PEFT knows no rank 0
+            (m, n), entry.rank = delta.shape, 1
+            return LowRank(factors[0].new_zeros(m, 1), factors[1].new_zeros(1, n))
         if factors is not None and (rank is None or factors[0].shape[1] <= rank):
             return LowRank(*factors)
         kept, lost = delta.truncated(rank or min(delta.shape))

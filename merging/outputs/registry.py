@@ -20,7 +20,7 @@ from orthoft.merging.reports.report import MergeReport, WeightReport
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 DeltaOf = Callable[[str], Delta]
-DeltaOn = Callable[[str, Tensor], Delta]  # of a weight's name, and the weight as a matrix in float32 or more
+DeltaOn = Callable[[str, Tensor], Delta]  # of a weight's name, and the weight as a matrix, in its own dtype
 
 
 @dataclass(frozen=True)

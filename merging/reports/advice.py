@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from orthoft.merging.reports.diagnostics import WeightDiagnostics, combined, pair_mean
 
 INDEPENDENT = 0.05  # cosines within twice this of 0, and overlaps within this of chance, are those of unrelated tasks
-ALIKE = 0.3  # from this cosine on, a sum counts the same change several times
-SHARED = 0.15  # from this much overlap above chance, tasks use the same directions
-QUARREL = 0.55  # from this share of opposite signs on, tasks pull against each other; chance is 0.5
+SHARED = 0.15  # from this much input overlap above chance, tasks read the same directions
+QUARREL = 0.55  # from this share of opposite signs on, tasks pull apart: of normal entries, a cosine of -0.16
 APART = 1e-3  # below this cross-talk, tasks read different inputs
 UNEVEN = 3.0  # ratio of norms from which one task outweighs another
 SWOLLEN = 2.5  # ratio of the norm of the sum to the mean norm of a task
-FAINT = 0.01  # changes below this share of the weight lose 17 % and more in bfloat16
+BFLOAT16 = 0.0017  # measured: what rounding to bfloat16 adds, relative to the norm of the weight
+FAINT = 0.01  # changes below this share of the weight lose 17 % and more by it
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,16 @@ class Findings:
         tasks: their names, in order.
         cosine, conflict, cross_talk: means over the pairs of tasks, None where there is nothing to compare.
         widest: the largest magnitude of a cosine.
-        overlap, chance: the larger of mean input and output overlap, and that of unrelated tasks of these ranks.
+        overlap, chance: mean input overlap, and that of unrelated tasks of these ranks. Output overlap says less:
+            changes ``W (Q - I)`` of the same weight write where W does, whatever the rotations have in common.
         norms: by task.
         swelling: the norm of the plain sum, relative to the mean norm of a task.
         relative: norm of the largest task, relative to the weights it changes.
         ranks: the ranks of all tasks' factors.
         dense: the tasks without factors somewhere.
         turning: every task rotates every weight.
-        half: the base is stored in 16 bits.
+        defect: of these rotations, the largest ``||Q Q^T - I||_F`` of a block.
+        bfloat16: the base is stored in it.
     """
 
     tasks: tuple[str, ...]
@@ -58,7 +60,8 @@ class Findings:
     ranks: tuple[int, ...]
     dense: tuple[str, ...]
     turning: bool
-    half: bool
+    defect: float | None
+    bfloat16: bool
 
     @property
     def excess(self) -> float:
@@ -90,7 +93,8 @@ def _quarrel(f: Findings) -> bool:
 
 
 def _alike(f: Findings) -> bool:
-    return f.cosine is not None and f.cosine > ALIKE
+    """Say whether a sum overshoots each task, by ``(T - 1) c``, more than a mean falls short of it."""
+    return f.cosine is not None and f.cosine > 1 / (len(f.tasks) + 1)
 
 
 def _shared(f: Findings) -> bool:
@@ -104,14 +108,18 @@ METHODS: tuple[Rule, ...] = (
         _turning,
         "mean",
         "rotation",
-        lambda f: "all sources rotate the inputs of their weights: merged as rotations, they stay one",
+        lambda f: (
+            f"all sources rotate the inputs of their weights (defect {f.defect or 0:.1e}): merged by their angles, the "
+            "result is a rotation again"
+        ),
     ),
     (
         _apart,
         "task_arithmetic",
         "auto",
         lambda f: (
-            f"cross-talk of the input factors is {f.cross_talk:.1e}: the sum of Orthogonal Adaptation keeps each task"
+            f"cross-talk of the input factors is {f.cross_talk:.1e}, below {APART:g}: the sum of Orthogonal Adaptation "
+            "keeps each task"
         ),
     ),
     (
@@ -119,8 +127,8 @@ METHODS: tuple[Rule, ...] = (
         "ties",
         "full",
         lambda f: (
-            f"{100 * (f.conflict or 0):.0f} % of the entries are pushed in opposite ways (chance is 50 %) and "
-            f"directions overlap by {f.overlap or 0:.2f}: elect signs instead of cancelling"
+            f"{100 * (f.conflict or 0):.0f} % of the entries are pushed in opposite ways (chance is 50 %): elect signs "
+            "instead of cancelling"
         ),
     ),
     (
@@ -128,7 +136,8 @@ METHODS: tuple[Rule, ...] = (
         "mean",
         "auto",
         lambda f: (
-            f"the tasks point the same way (mean cosine {f.cosine:.2f}): a sum would count it {len(f.tasks)} times"
+            f"the tasks point the same way (mean cosine {f.cosine:.2f}): a sum overshoots each by "
+            f"{(len(f.tasks) - 1) * (f.cosine or 0):.0%}, a mean falls short of it by less"
         ),
     ),
     (
@@ -136,7 +145,7 @@ METHODS: tuple[Rule, ...] = (
         "tsv",
         "auto",
         lambda f: (
-            f"the tasks share directions (overlap {f.overlap:.2f}, chance {f.chance:.2f}) without agreeing (cosine "
+            f"the tasks read the same inputs (overlap {f.overlap:.2f}, chance {f.chance:.2f}) without agreeing (cosine "
             f"{f.cosine or 0:.2f}): decorrelate their singular vectors"
         ),
     ),
@@ -145,8 +154,8 @@ METHODS: tuple[Rule, ...] = (
         "task_arithmetic",
         "auto",
         lambda f: (
-            f"cosines of at most {f.widest:.2f} and overlap {f.overlap or 0:.2f} (chance {f.chance:.2f}) are those of "
-            "unrelated tasks: a sum keeps each"
+            f"cosines of at most {f.widest:.2f} and an input overlap of {f.overlap or 0:.2f} (chance {f.chance:.2f}) "
+            "are those of unrelated tasks: a sum keeps each"
         ),
     ),
 )
@@ -157,7 +166,8 @@ CIRCUMSTANCES: tuple[Rule, ...] = (
         "opcm",
         "auto",
         lambda f: (
-            f"the sum of {len(f.tasks)} tasks has {f.swelling:.1f} times the norm of one: OPCM keeps the mean norm"
+            f"the sum of {len(f.tasks)} tasks has {f.swelling:.1f} times the norm of one: OPCM keeps the mean norm, "
+            "and so does rescale=model with any method"
         ),
     ),
     (
@@ -185,21 +195,22 @@ CIRCUMSTANCES: tuple[Rule, ...] = (
         ),
     ),
     (
-        lambda f: f.half and 0 < f.relative < FAINT,
+        lambda f: f.bfloat16 and 0 < f.relative < FAINT,
         "any",
         "auto",
         lambda f: (
-            f"the changes are {f.relative:.2%} of the weights, less than 16 bits resolve: write float32 or a LoRA"
+            f"the changes are {f.relative:.2%} of the weights, and rounding to bfloat16 adds an error of about "
+            f"{min(1.0, BFLOAT16 / f.relative):.0%} of them: write float32 or a LoRA"
         ),
     ),
 )
-OTHERWISE = ("task_arithmetic", "auto", "no measured number speaks against a sum")
+OTHERWISE = "no measured number speaks against a sum"
 
 
 def advise(findings: Findings) -> list[Advice]:
     """Return the main advice first, then the other rules that hold."""
     held = [Advice(method, space, why(findings)) for when, method, space, why in METHODS if when(findings)] or [
-        Advice(*OTHERWISE)
+        Advice("task_arithmetic", "auto", f"{OTHERWISE}{_measured(findings)}")
     ]
     return held + [Advice(method, space, why(findings)) for when, method, space, why in CIRCUMSTANCES if when(findings)]
 
@@ -209,15 +220,12 @@ def findings(
     weights: Sequence[tuple[tuple[int, int], WeightDiagnostics]],
     turning: bool,
     dense: Sequence[str],
-    half: bool,
+    bfloat16: bool,
 ) -> Findings:
     """Return the numbers for the rules from (shape, diagnostics) of each weight; see `Findings` for the rest."""
     whole = combined(told for _, told in weights)
     assert whole is not None, "a plan has weights"
     norms = [norm or 0.0 for norm in whole.task_norms]
-    overlaps = [
-        mean for matrix in (whole.input_overlap, whole.output_overlap) if (mean := pair_mean(matrix)) is not None
-    ]
     squares = sum(
         (cosine or 0.0) * (told.task_norms[i] or 0.0) * (told.task_norms[j] or 0.0)
         for _, told in weights
@@ -231,7 +239,7 @@ def findings(
         widest=max((abs(c) for i, row in enumerate(whole.cosine) for c in row[:i] if c is not None), default=None),
         conflict=pair_mean(whole.sign_conflict),
         cross_talk=pair_mean(whole.cross_talk),
-        overlap=max(overlaps, default=None),
+        overlap=pair_mean(whole.input_overlap),
         chance=_chance(weights),
         norms=tuple(norms),
         swelling=math.sqrt(max(squares, 0.0)) / mean if mean > 0 else 0.0,
@@ -239,19 +247,27 @@ def findings(
         ranks=tuple(rank for shape, told in weights if min(shape) > 1 for rank in told.ranks if rank),
         dense=tuple(dense),
         turning=turning,
-        half=half,
+        defect=max((one for one in whole.rotation_defect if one is not None), default=None),
+        bfloat16=bfloat16,
     )
 
 
 def _chance(weights: Sequence[tuple[tuple[int, int], WeightDiagnostics]]) -> float:
-    """Return the mean overlap of unrelated tasks, ``max(r_i, r_j) / min(m, n)``, that of the smaller side."""
+    """Return the mean input overlap of unrelated tasks, ``max(r_i, r_j) / n``."""
     each = [
         max(len(spectrum) if rank is None else rank for rank, spectrum in zip(told.ranks, told.spectra, strict=True))
-        / min(shape)
+        / shape[1]
         for shape, told in weights
         if sum(norm is not None for norm in told.task_norms) > 1
     ]
     return min(1.0, sum(each) / len(each)) if each else 0.0
+
+
+def _measured(f: Findings) -> str:
+    if f.cosine is None or f.overlap is None:
+        return ""
+    conflict = "" if f.conflict is None else f"sign conflict {f.conflict:.2f}, "
+    return f" (mean cosine {f.cosine:.2f}, {conflict}input overlap {f.overlap:.2f} with chance {f.chance:.2f})"
 
 
 def _evened(f: Findings) -> list[str]:

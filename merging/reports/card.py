@@ -61,7 +61,7 @@ def model_card(report: MergeReport) -> str:
         "",
         f"# A merge of {len(report.sources)} fine-tuned models",
         "",
-        f"Merged by `{report.method}` ({_sentence(report.method)}) in space {', '.join(spaces)}, with "
+        f"Merged by `{report.method}` ({about(get_method(report.method).merge)}) in space {', '.join(spaces)}, with "
         f"orthoft {report.version}, onto the base `{report.base}`: {len(report.merged)} weights changed, by a "
         f"Frobenius norm of {report.norm:.4g} in all. What the merge did, weight by weight, is in `report.json` and "
         "`report.html`.",
@@ -111,8 +111,9 @@ def papers(function: Any) -> list[str]:
     return ARXIV.findall(sys.modules[function.__module__].__doc__ or "")
 
 
-def _sentence(method: str) -> str:
-    text = (sys.modules[get_method(method).merge.__module__].__doc__ or "").partition("\n")[0]
+def about(function: Any) -> str:
+    """Return what a method or a space does, from the first line of the docstring of its module, without the paper."""
+    text = (sys.modules[function.__module__].__doc__ or "").partition("\n")[0]
     return re.sub(r"\.? *arXiv.*", "", text).rstrip(".")
 
 

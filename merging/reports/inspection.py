@@ -15,8 +15,9 @@ from orthoft.merging.reports.advice import Advice, advise, findings
 from orthoft.merging.reports.diagnostics import MATRICES, WeightDiagnostics, combined, diagnose, pair_mean
 from orthoft.merging.reports.measures import rotation_blocks
 from orthoft.merging.reports.page import MATRIX_WORDS, Page, Table, sections
-from orthoft.merging.reports.pictures import number
+from orthoft.merging.reports.pictures import NOTHING, number
 from orthoft.merging.reports.report import shown, write_report
+from orthoft.merging.sources.names import inputs_first
 from orthoft.merging.weightwise import weight_generator
 
 HEADERS = (
@@ -115,30 +116,28 @@ def inspect_sources(base: PathLike, sources: Sources, *, seed: int = 0, progress
 
     todo = plan(base, sources, method="task_arithmetic", seed=seed)
     weights: list[InspectedWeight] = []
+    measured: list[tuple[tuple[int, int], WeightDiagnostics]] = []
     turning = True
     dense: dict[str, None] = {}
     for name, item in tqdm(todo.merged.items(), desc="inspect", unit="weight", disable=not progress):
         weight = as_matrix(at_least_float32(todo.base[name]))
         deltas = [source.delta(name, weight) if name in source.ranks else None for source in todo.sources]
+        if inputs_first(todo.base, name):
+            weight, deltas = weight.mT, [delta and delta.transposed() for delta in deltas]
         told = diagnose(deltas, [1.0] * len(deltas), None, weight, weight_generator(seed, name))
+        measured.append((matrix_shape(weight.shape), told))
         weights.append(InspectedWeight(name, item.shape, told))
         if min(weight.shape) > 1:
             turning &= all(delta is not None and rotation_blocks(delta) is not None for delta in deltas)
             whole = [s.name for s, delta in zip(todo.sources, deltas, strict=True) if delta and delta.rank() is None]
             dense |= dict.fromkeys(whole)
-    measured = findings(
-        [source.name for source in todo.sources],
-        [(matrix_shape(weight.shape), weight.diagnostics) for weight in weights],
-        turning,
-        list(dense),
-        _stored_in_half(todo),
-    )
     kinds = {source.name: source.kind for source in todo.sources}
-    return InspectReport(str(base), kinds, weights, advise(measured), list(todo.notes))
+    found = findings(list(kinds), measured, turning, list(dense), _stored_in_bfloat16(todo))
+    return InspectReport(str(base), kinds, weights, advise(found), list(todo.notes))
 
 
-def _stored_in_half(todo: MergePlan) -> bool:
-    return any(todo.base.dtype(name) in (torch.bfloat16, torch.float16) for name in todo.merged)
+def _stored_in_bfloat16(todo: MergePlan) -> bool:
+    return any(todo.base.dtype(name) == torch.bfloat16 for name in todo.merged)
 
 
 def _sentence(advice: Advice) -> str:
@@ -152,7 +151,7 @@ def _line(weight: InspectedWeight) -> list[str]:
     return [
         weight.name,
         shown(weight.shape),
-        " ".join("–" if rank is None else str(rank) for rank in told.ranks),
+        " ".join(NOTHING if rank is None else str(rank) for rank in told.ranks),
         " ".join(number(norm) for norm in told.task_norms),
         number(max(norms) / told.base_norm if told.base_norm else None),
         *(number(pair_mean(getattr(told, name))) for name in MATRICES if name != "cross_talk"),

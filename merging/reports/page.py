@@ -16,26 +16,36 @@ from orthoft.merging.reports.diagnostics import (
     combined,
     pair_mean,
 )
-from orthoft.merging.reports.pictures import Bar, bars, curves, grid, heat_map, legend, number
+from orthoft.merging.reports.pictures import NOTHING, Bar, bars, curves, grid, heat_map, legend, number
 
 Weights = Mapping[str, WeightDiagnostics]
 MOST_LINES = 1000  # of the table: a page stays a page
 MOST_SPECTRA = 9
 NARROW = 8  # columns
+SHOWN = 0.005  # smaller numbers are 0.00 in a picture
+CHANCE = 0.5  # of a sign conflict
 MERGED = "merged"
 
 MATRIX_WORDS = {
-    "cosine": ("Cosine", "The angle between two tasks. Near 0 they are independent; 1 is the same, -1 the opposite."),
+    "cosine": ("Cosine", "Of the angle between two changes: 0 is unrelated, 1 the same direction, -1 the opposite one."),
     "input_overlap": (
         "Input overlap",
-        "How much of what one task reads the other reads too: 0 nothing, 1 all. Low overlap means that a sum is safe.",
+        "How much of what one task reads the other reads too: 0 nothing, 1 all. Where it is near 0, a sum is safe.",
     ),
-    "output_overlap": ("Output overlap", "The same for what the tasks write."),
+    "output_overlap": (
+        "Output overlap",
+        "The same for what the tasks write. Rotations of one weight overlap here, as all write where the weight does.",
+    ),
     "sign_conflict": (
         "Sign conflict",
-        "The share of entries that two tasks push in opposite ways. Half is chance; more is a quarrel, less agreement.",
+        "The share of entries that two tasks push in opposite ways. Half, without colour, is chance; blue is a quarrel, "
+        "orange agreement.",
     ),
-    "cross_talk": ("Cross-talk", "Of the input factors, the measure of Orthogonal Adaptation: at 0 the sum is exact."),
+    "cross_talk": (
+        "Cross-talk",
+        "How far the input factors of two tasks are from orthogonal (Orthogonal Adaptation): at 0 the sum keeps both. "
+        "Compare with the diagonal. Tasks without low-rank factors are left blank.",
+    ),
 }
 
 
@@ -56,6 +66,11 @@ class Table:
     headers: Sequence[str]
     lines: Sequence[Sequence[str]]
 
+    def known(self) -> Table:
+        """Return the table without columns that hold nothing but dashes."""
+        kept = [i for i in range(len(self.headers)) if any(line[i] != NOTHING for line in self.lines)]
+        return Table([self.headers[i] for i in kept], [[line[i] for i in kept] for line in self.lines])
+
 
 @dataclass(frozen=True)
 class Page:
@@ -74,11 +89,12 @@ class Page:
         from jinja2 import Environment, StrictUndefined
 
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-        left = len(self.table.lines) - MOST_LINES
+        table = self.table.known()
+        left = len(table.lines) - MOST_LINES
         words = self.words + (f" {left} more weights are in the JSON beside this page." if left > 0 else "")
-        lines = self.table.lines[:MOST_LINES]
+        lines = table.lines[:MOST_LINES]
         page = environment.from_string(_template("report.html.j2"))
-        return page.render(page=self, words=words, lines=lines, style=_template("report.css"))
+        return page.render(page=self, headers=table.headers, words=words, lines=lines, style=_template("report.css"))
 
     def save(self, file: str | Path) -> None:
         """Write the page to a file."""
@@ -127,17 +143,18 @@ def _matrices(tasks: Sequence[str], whole: WeightDiagnostics) -> Section:
         values: Matrix = getattr(whole, name)
         if any(value is not None for row in values for value in row):
             title, words = MATRIX_WORDS[name]
-            picture = heat_map(tasks, tasks, values, top=1.0)
+            picture = heat_map(tasks, tasks, values, top=1.0, middle=CHANCE if name == "sign_conflict" else 0.0)
             parts.append(f'<div><h3>{title}</h3><p class="how">{words}</p>{picture}</div>')
     text = (
-        "Each square compares two tasks over all weights, larger changes counting more; the diagonal, one with itself."
+        "Each square compares two tasks over all weights, larger changes counting more. The diagonal compares a task "
+        "with itself."
     )
     return Section("How the tasks stand to each other", text, f'<div class="few matrices">{"".join(parts)}</div>')
 
 
 def _of_merge(tasks: Sequence[str], weights: Weights) -> list[Section]:
     merges = {name: weight.merged for name, weight in weights.items() if weight.merged is not None}
-    return [
+    made = [
         _by_module(
             "Where the merge changes the model",
             "The norm of the merged change, relative to the weight it changes. Strong colour is where the merged "
@@ -146,26 +163,27 @@ def _of_merge(tasks: Sequence[str], weights: Weights) -> list[Section]:
         ),
         _by_task(
             "Survival by layer",
-            "As above, layer by layer: 1 is a task held whole, 0 a task lost, orange a task reversed.",
+            "How much of each task survives, layer by layer: 1 is a task held whole, 0 a task lost, orange one reversed.",
             tasks,
             {name: merge.survival for name, merge in merges.items()},
             top=1.0,
         ),
         _by_module(
             "Interference",
-            "The largest share of a task's own size that the other tasks add to it or take from it in a plain sum. "
-            "Here a method that does more than add has something to do.",
+            "What the other tasks add to a task in a plain sum (blue) or take from it (orange), as a share of its own "
+            "size; that of the task most affected. Near 0 a sum will do.",
             {name: _largest(merge.interference) for name, merge in merges.items()},
             top=1.0,
         ),
-        _by_module(
-            "Rounding",
-            "What storing the merged weights loses, relative to the change itself. Near 1 the change is smaller than "
-            "the steps of the dtype: store such a model in float32.",
-            {name: merge.rounding_error for name, merge in merges.items()},
-            top=1.0,
-        ),
     ]
+    lost = {name: merge.rounding_error for name, merge in merges.items()}
+    if max((error for error in lost.values() if error is not None), default=0.0) >= SHOWN:
+        text = (
+            "What storing the merged weights loses, relative to the change itself. Near 1 the change is smaller than "
+            "the steps of the dtype: store such a model in float32."
+        )
+        made.append(_by_module("Rounding", text, lost, top=1.0))
+    return made
 
 
 def _of_tasks(tasks: Sequence[str], weights: Weights) -> list[Section]:
@@ -182,9 +200,10 @@ def _of_tasks(tasks: Sequence[str], weights: Weights) -> list[Section]:
         made.append(
             _by_module(
                 "Sign conflict by layer",
-                "The mean share of entries that two tasks push in opposite ways; half is chance.",
+                "The mean share of entries that two tasks push in opposite ways. Half, without colour, is chance.",
                 {name: pair_mean(weight.sign_conflict) for name, weight in weights.items()},
                 top=1.0,
+                middle=CHANCE,
             )
         )
         made.append(
@@ -224,9 +243,11 @@ def _spectra(tasks: Sequence[str], weights: Weights) -> Section:
     )
 
 
-def _by_module(title: str, text: str, values: Mapping[str, float | None], top: float = 0.0) -> Section:
+def _by_module(
+    title: str, text: str, values: Mapping[str, float | None], top: float = 0.0, middle: float = 0.0
+) -> Section:
     where = grid(list(values))
-    picture = heat_map(where.rows, where.columns, where.cells(values), corner="layer", top=top)
+    picture = heat_map(where.rows, where.columns, where.cells(values), corner="layer", top=top, middle=middle)
     return Section(title, text, picture, narrow=len(where.columns) <= NARROW)
 
 

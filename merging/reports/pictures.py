@@ -13,22 +13,34 @@ MOST_ROWS, MOST_COLUMNS = 100, 24  # of a heat map of layers: beyond, neighbours
 WORDED = 600  # cells of a heat map that still carry a number
 COLOURS = 8  # of curves, see --c0 ... in the style sheet
 DECADES = 4  # of a logarithmic axis
+NOTHING = "–"  # stands for a number that there is not
 
 
-def heat_map(rows: Sequence[str], columns: Sequence[str], cells: Cells, *, corner: str = "", top: float = 0.0) -> str:
-    """Return a table whose cells are the stronger in colour the larger their number; negative ones are orange.
+def heat_map(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    cells: Cells,
+    *,
+    corner: str = "",
+    top: float = 0.0,
+    middle: float = 0.0,
+) -> str:
+    """Return a table whose cells are the stronger in colour the farther their number is from the middle.
+
+    Those below it are orange, those above it blue.
 
     Args:
         cells: (rows, columns), None where there is nothing to show.
-        top: the number of the full colour, or the largest magnitude if that is more.
+        top: the number of the full colour, or the farthest from the middle if that is more.
+        middle: the number without colour.
     """
-    sizes = [abs(value) for row in cells for value in row if value is not None]
-    top = max((top, *sizes)) or 1.0
-    worded = len(sizes) <= WORDED
+    values = [value for row in cells for value in row if value is not None]
+    reach = max((top - middle, *(abs(value - middle) for value in values))) or 1.0
+    worded = len(values) <= WORDED
     head = "".join(f'<th scope="col"><span>{escape(name)}</span></th>' for name in columns)
-    form = ("{:.2f}" if top >= 0.1 else "{:.2g}") if worded else ""
+    form = ("{:.2f}" if reach >= 0.1 else "{:.2g}") if worded else ""
     lines = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>{"".join(_cell(value, top, form) for value in row)}</tr>'
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(_cell(value, middle, reach, form) for value in row)}</tr>'
         for name, row in zip(rows, cells, strict=True)
     )
     return (
@@ -37,11 +49,11 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], cells: Cells, *, corne
     )
 
 
-def _cell(value: float | None, top: float, form: str) -> str:
+def _cell(value: float | None, middle: float, reach: float, form: str) -> str:
     if value is None:
         return '<td class="none"></td>'
-    share = min(1.0, abs(value) / top)
-    kinds = [name for name, applies in (("neg", value < 0), ("full", share > 0.6)) if applies]
+    share = abs(value - middle) / reach
+    kinds = [name for name, applies in (("neg", value < middle), ("full", share > 0.6)) if applies]
     of_kind = f' class="{" ".join(kinds)}"' if kinds else ""
     return f'<td{of_kind} style="--v:{share:.2f}">{form.format(value).replace("-0.00", "0.00")}</td>'
 
@@ -114,7 +126,7 @@ def legend(names: Sequence[str], strong: str | None = None) -> str:
 def number(value: float | None) -> str:
     """Return a number in two or three digits, a dash for None."""
     if value is None:
-        return "–"
+        return NOTHING
     return f"{value:.2f}".replace("-0.00", "0.00") if 0.01 <= abs(value) < 100 or value == 0 else f"{value:.2g}"
 
 

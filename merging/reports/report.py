@@ -13,7 +13,7 @@ from orthoft import __version__
 from orthoft.merging.files.tensors import read_json
 from orthoft.merging.reports.diagnostics import WeightDiagnostics, combined, pair_mean
 from orthoft.merging.reports.page import Page, Table, sections
-from orthoft.merging.reports.pictures import number
+from orthoft.merging.reports.pictures import NOTHING, number
 
 REPORT = "report.json"
 PAGE = "report.html"
@@ -166,12 +166,21 @@ class MergeReport:
 
 
 def write_report(file: str | Path, content: Mapping[str, Any], lines: str) -> None:
-    """Write JSON with a line for each field, and one for each entry of the list ``lines``."""
+    """Write strict JSON with a line for each field, and one for each entry of the list ``lines``; NaN becomes null."""
     text = []
-    for key, value in content.items():
+    for key, value in _finite(dict(content)).items():
         each = ",\n".join(f"    {json.dumps(entry)}" for entry in value) if key == lines and value else None
         text.append(f"  {json.dumps(key)}: {json.dumps(value) if each is None else f'[{chr(10)}{each}{chr(10)}  ]'}")
     Path(file).write_text("{\n" + ",\n".join(text) + "\n}\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """Return plain values with None for NaN and Inf, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def shown(shape: Sequence[int]) -> str:
@@ -188,7 +197,7 @@ def _line(weight: WeightReport) -> list[str]:
         weight.name,
         shown(weight.shape),
         weight.space,
-        "–" if weight.rank is None else str(weight.rank),
+        NOTHING if weight.rank is None else str(weight.rank),
         number(weight.norm),
         number(weight.norm / told.base_norm if told is not None and told.base_norm else None),
         number(min(known, default=None)),
@@ -196,7 +205,7 @@ def _line(weight: WeightReport) -> list[str]:
         number(None if told is None else pair_mean(told.sign_conflict)),
         number(None if told is None else pair_mean(told.input_overlap)),
         number(None if merged is None else merged.rounding_error),
-        number(weight.truncation_error),
+        number(weight.truncation_error or None),
         f"{1000 * weight.seconds:.1f}",
     ]
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from orthoft.merging.files.writer import put_in_place, refuse_existing
+from orthoft.merging.files.writer import make_parent, put_in_place, refuse_existing
 from orthoft.merging.ranks import Ranks
 from orthoft.merging.resume.journal import Journal
 from orthoft.merging.resume.lock import locked
@@ -25,12 +25,16 @@ class Partial:
     journal: Journal
 
     def clean(self, wanted: set[str]) -> None:
-        """Remove all files but those that are wanted, given relative to the folder, and the journals."""
-        for file in sorted(self.folder.rglob("*"), reverse=True):
-            if file.is_dir():
-                continue
-            if str(file.relative_to(self.folder)) not in wanted and file.suffix != ".jsonl":
-                file.unlink()
+        """Remove all files but those that are wanted, given relative to the folder, and the journals.
+
+        Folders that are empty then go as well: what is carried over from the base makes them again.
+        """
+        for path in sorted(self.folder.rglob("*"), reverse=True):  # what is in a folder comes before it
+            if path.is_dir():
+                if path != self.scratch and not any(path.iterdir()):
+                    path.rmdir()
+            elif str(path.relative_to(self.folder)) not in wanted and path.suffix != ".jsonl":
+                path.unlink()
 
 
 @contextmanager
@@ -57,7 +61,7 @@ def partial_folder(out: Path, overwrite: bool, resume: bool, ranks: Ranks) -> It
         put_in_place(folder, out)
 
     refuse_existing(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(out)
     with _entered(ranks, out):
         try:
             ranks.only_first(prepare)

@@ -15,7 +15,15 @@ from orthoft.merging.files.tensors import TensorFolder, as_matrix, matrix_shape,
 from orthoft.merging.formats.registry import Extent
 from orthoft.merging.formats.tokens import token_indices
 from orthoft.merging.sources.adapter_file import AdapterFile
-from orthoft.merging.sources.checkpoint import MERGEABLE, CheckpointSource, Source, untied
+from orthoft.merging.sources.checkpoint import (
+    MERGEABLE,
+    CheckpointSource,
+    Source,
+    check_stored,
+    check_unquantised,
+    not_merged,
+    untied,
+)
 from orthoft.merging.sources.delta import CONFIG, DeltaSource
 from orthoft.merging.sources.names import added_rows, inputs_first, match_prefix, tied_embedding, ties_embedding
 from orthoft.merging.sources.rows import Replaced, replaced_rows
@@ -96,6 +104,10 @@ class AdapterSource(Source):
         for change in steps:
             total = total + change(name, weight + total).dense()
         return Dense(total)
+
+    def needs_weight(self, name: str) -> bool:
+        more = any(name in names for names in (self._saved, self._tokens, self._biases))
+        return more or self.ranks[name] is None or not self._file.reader.weightless
 
     def module(self, name: str) -> str:
         return self._prefix.to_source(name).removesuffix(".weight")
@@ -198,8 +210,7 @@ class AdapterSource(Source):
                 f"an adapter of another base: its module {own.removesuffix('.weight')!r} has ({outputs}, {inputs}) "
                 f"outputs and inputs, the base's {theirs!r} has shape {base.shape(theirs)}"
             )
-        if base.dtype(theirs) not in MERGEABLE:
-            raise ValueError(f"the base's {theirs!r} is stored as {base.dtype(theirs)}: dequantise the base first")
+        check_unquantised(theirs, base)
         return theirs
 
     def _require(self, own: str, base: TensorFolder, fits: Callable[[tuple[int, ...]], bool]) -> str:
@@ -241,17 +252,27 @@ class AdapterSource(Source):
         """Return {the base's tensor: key} of what is saved beside the adapter, and list what the base lacks."""
         placed = {}
         for own, key in saved.items():
-            theirs, shape = self._prefix.to_base(own), self._file.tensors.shape(key)
+            theirs = self._prefix.to_base(own)
             if theirs is None or theirs not in base:
                 self._leave(own, key, saved, base)
-            elif base.shape(theirs) == shape:
+            elif self._replaces(own, key, theirs, base):
                 placed[theirs] = key
-            elif added := added_rows(theirs, shape, base):
-                placed[theirs] = key
-                self.not_carried.append(f"{own}: {added}")
-            else:
-                self.not_carried.append(f"{own}: it has shape {shape}, the base's has {base.shape(theirs)}")
         return placed
+
+    def _replaces(self, own: str, key: str, theirs: str, base: TensorFolder) -> bool:
+        """Say whether a saved tensor can stand in the place of the base's, and list what of it cannot."""
+        tensors = self._file.tensors
+        shape, added = tensors.shape(key), added_rows(theirs, tensors.shape(key), base)
+        if shape != base.shape(theirs) and not added:
+            self.not_carried.append(f"{own}: it has shape {shape}, the base's has {base.shape(theirs)}")
+            return False
+        if base.dtype(theirs) not in MERGEABLE:
+            if not same_tensor(tensors, key, base, theirs):
+                self.not_carried.append(f"{own}: {not_merged(theirs, base)}")
+            return False
+        check_stored(own, tensors.dtype(key), base.dtype(theirs))
+        self.not_carried += [f"{own}: {added}"] if added else []
+        return True
 
     def _leave(self, own: str, key: str, saved: Mapping[str, str], base: TensorFolder) -> None:
         shapes = {theirs: self._file.tensors.shape(k) for o, k in saved.items() if (theirs := self._prefix.to_base(o))}

@@ -38,6 +38,10 @@ class Source(ABC):
         self.config, self.inputs_first = {}, {}
         self.not_carried, self.notes = [], []
 
+    def needs_weight(self, name: str) -> bool:
+        """Say whether `delta` looks at the numbers of the base's weight, not at its shape alone."""
+        return True
+
     @abstractmethod
     def delta(self, name: str, weight: Tensor) -> Delta:
         """Return the change of one of the base's weights, given as an (m, n) matrix in float32 or more.
@@ -74,11 +78,12 @@ class CheckpointSource(Source):
             raise ValueError(f"fine-tuned from another base: none of its tensors, e.g. {first!r}, is in {base.folder}")
         for theirs, own in self._own.items():
             self._check_shape(own, theirs, base)
+            check_stored(own, tensors.dtype(own), base.dtype(theirs))
         self._tie_heads(base)
         self.ranks = {theirs: None for theirs in self._own if base.dtype(theirs) in MERGEABLE}
         for theirs, own in self._own.items():
             if theirs not in self.ranks and not same_tensor(tensors, own, base, theirs):
-                self.not_carried.append(f"{own}: the base stores it as {base.dtype(theirs)}, which is not merged")
+                self.not_carried.append(f"{own}: {not_merged(theirs, base)}")
 
     def delta(self, name: str, weight: Tensor) -> Delta:
         own = self._own[name]
@@ -111,6 +116,23 @@ class CheckpointSource(Source):
             if twin is not None and same_tensor(base, theirs, base, twin):
                 self._own[theirs] = self._own[twin]
                 self.notes.append(f"{self.name} stores no {theirs}: it is tied to {twin}, as in the base")
+
+
+def check_stored(own: str, stored: torch.dtype, base: torch.dtype) -> None:
+    """Raise a ValueError if a source holds codes of a quantised weight where the base has the weight itself."""
+    if base in MERGEABLE and stored not in MERGEABLE:
+        raise ValueError(f"{own!r} is stored as {stored}, the base's as {base}: dequantise the source first")
+
+
+def check_unquantised(name: str, base: TensorFolder) -> None:
+    """Raise a ValueError if the base holds codes of a quantised weight, to which nothing can be added."""
+    if base.dtype(name) not in MERGEABLE:
+        raise ValueError(f"the base's {name!r} is stored as {base.dtype(name)}: dequantise the base first")
+
+
+def not_merged(name: str, base: TensorFolder) -> str:
+    """Return what to say of another value of a tensor that counts or indexes (a buffer), or of a quantised one."""
+    return f"the base stores it as {base.dtype(name)}, which is not merged"
 
 
 def untied(own: str, twin: str) -> str:

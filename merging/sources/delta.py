@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from orthoft.delta import Delta, Dense, LowRank
+from orthoft.merging.files.header import shortened
 from orthoft.merging.files.tensors import TensorFolder, matrix_shape, read_json
-from orthoft.merging.sources.checkpoint import Source
+from orthoft.merging.sources.checkpoint import Source, check_unquantised
 from orthoft.merging.sources.rows import finite
 
 CONFIG = "delta_config.json"
@@ -43,6 +45,9 @@ class DeltaSource(Source):
         self.ranks = {name: self._rank(name, base) for name in names}
         self.not_carried = []
 
+    def needs_weight(self, name: str) -> bool:
+        return False
+
     def delta(self, name: str, weight: Tensor) -> Delta:
         if self.ranks[name] is None:
             return Dense(self._scale * self._read(f"{name}.dense"))
@@ -62,12 +67,15 @@ class DeltaSource(Source):
         if name not in base or not (dense or all(key in self._tensors for key in factors)):
             raise ValueError(f"the delta of another base: {self._tensors.folder} has {name!r}, {base.folder} has not")
         parts = [self._tensors.shape(key) for key in ([f"{name}.dense"] if dense else factors)]
-        if (parts[0][0], parts[-1][1]) != matrix_shape(base.shape(name)):
+        m, n = matrix_shape(base.shape(name))
+        rank = parts[0][-1] if parts[0] else 0
+        if parts != ([(m, n)] if dense else [(m, rank), (rank, n)]):
             raise ValueError(
-                f"the delta of another base: {name!r} has {(parts[0][0], parts[-1][1])} outputs and inputs, "
+                f"the delta of another base: {name!r} has parts of shapes {', '.join(map(str, parts))}, "
                 f"the base's has shape {base.shape(name)}"
             )
-        return None if dense else parts[0][1]
+        check_unquantised(name, base)
+        return None if dense else rank
 
 
 def continued(
@@ -104,7 +112,15 @@ def continued(
 def _state(config: Mapping[str, Any], file: Path) -> State:
     if config.get("version") != VERSION:
         raise ValueError(f"{file} has version {config.get('version')!r}, this orthoft reads version {VERSION}")
-    scale, norms = config.get("scale"), config.get("task_norms")
-    if not isinstance(scale, int | float) or not isinstance(norms, list) or not scale:
-        raise ValueError(f"{file} lacks 'scale' (a number, not 0) or 'task_norms' (a list): save the delta again")
-    return State(str(config.get("method")), dict(config.get("params") or {}), float(scale), tuple(map(float, norms)))
+    scale, norms, params = config.get("scale"), config.get("task_norms"), config.get("params") or {}
+    if not _is_number(scale) or not scale or not isinstance(norms, list) or not all(map(_is_number, norms)):
+        raise ValueError(
+            f"{file} lacks 'scale' (a number, not 0) or 'task_norms' (a list of numbers): save the delta again"
+        )
+    if not isinstance(params, Mapping):
+        raise ValueError(f"{file} has the 'params' {shortened(params)}, which are no object: save the delta again")
+    return State(str(config.get("method")), params, float(scale), tuple(map(float, norms)))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from orthoft.delta import Delta, LowRank
 from orthoft.linalg import at_least_float32
-from orthoft.merging.files.tensors import TensorFolder
+from orthoft.merging.files.tensors import TensorFolder, is_finite
 
 CHUNK = 2**24  # entries that are read at once where no rows are asked for
 
@@ -68,6 +68,6 @@ def replaced_rows(indices: list[int], rows: Tensor, weight: Tensor) -> LowRank:
 def finite(tensor: Tensor, what: str) -> Tensor:
     """Return the tensor in float32 or more, or raise a ValueError that says what holds NaN or Inf."""
     tensor = at_least_float32(tensor)
-    if not torch.isfinite(tensor).all():
+    if not is_finite(tensor):
         raise ValueError(f"{what} contains NaN or Inf")
     return tensor

@@ -1,4 +1,4 @@
-"""The entries themselves."""
+"""The entries themselves, as most published code merges them."""
 
 from __future__ import annotations
 

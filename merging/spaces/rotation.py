@@ -1,4 +1,4 @@
-"""Rotations in their Lie algebra; of any other change the rotation that explains most, and the rest. OrthoMerge.
+"""OrthoMerge: rotations by their angles; of any other change the rotation that explains most, and the rest.
 
 arXiv 2602.05943.
 """

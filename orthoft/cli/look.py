@@ -1,4 +1,4 @@
-"""``inspect`` and ``methods``: what there is."""
+"""``inspect``: what is in a folder. ``methods``, ``spaces``, ``outputs``, ``adapters``: what there is to choose."""
 
 from __future__ import annotations
 
@@ -46,13 +46,57 @@ def inspect(
     typer.echo(json.dumps(report.to_dict(), indent=2) if json_ else str(report))
 
 
+Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="All about this one: its formula, its parameters.")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+
+
 @app.command()
-def methods(json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
-    """List methods, spaces, outputs, adapters and their defaults.
+def methods(name: Name = None, json_: AsJson = False) -> None:
+    """List the merge methods and their parameters, or explain one.
 
     Example: orthoft methods
-    """
-    from orthoft.recipes.catalogue import catalogue, listed
 
-    found = catalogue()
-    typer.echo(json.dumps(found, indent=2, default=str) if json_ else listed(found))
+    Example: orthoft methods ties
+    """
+    show("methods", name, json_)
+
+
+@app.command()
+def spaces(name: Name = None, json_: AsJson = False) -> None:
+    """List the spaces to merge in, or explain one.
+
+    Example: orthoft spaces knots
+    """
+    show("spaces", name, json_)
+
+
+@app.command()
+def outputs(name: Name = None, json_: AsJson = False) -> None:
+    """List what a merge can write, or explain one.
+
+    Example: orthoft outputs
+    """
+    show("outputs", name, json_)
+
+
+@app.command()
+def adapters(name: Name = None, json_: AsJson = False) -> None:
+    """List the adapters to train, their fields, and the formats that merge.
+
+    Example: orthoft adapters oftv2
+    """
+    show("adapters", name, json_)
+
+
+def show(kind: str, name: str | None, as_json: bool) -> None:
+    """Print what there is of a kind, or all about one of it."""
+    from orthoft.recipes.catalogue import catalogue, explained, listed
+
+    if as_json:
+        found = catalogue(kind)
+        if name is not None:
+            explained(kind, name)  # refuses an unknown name
+            found = {name: found[name]}
+        typer.echo(json.dumps(found, indent=2, default=str))
+        return
+    typer.echo(listed(kind) if name is None else explained(kind, name))
