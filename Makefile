@@ -6,7 +6,7 @@ DEMO := .cache/demo
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-lm test lint types check clean
+.PHONY: demo demo-lm test lint types audit check faults clean
 
 # torch goes first and by version: whatever asks for "torch" later finds it there.
 $(BIN)/.ready: pyproject.toml constraints.txt
@@ -40,7 +40,19 @@ lint: $(BIN)/.ready
 types: $(BIN)/.ready
 	$(BIN)/mypy
 
-check: lint types test
+# In an environment of its own, as it is no part of the tool; offline it says that nothing was audited, and goes on.
+AUDIT := .cache/audit
+audit: $(BIN)/.ready  ## consistent versions, and the pinned ones against published vulnerabilities
+	$(BIN)/python -m pip check --disable-pip-version-check
+	test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) \
+		&& $(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit; } || true
+	$(BIN)/python scripts/audit.py constraints.txt $(AUDIT)/bin/pip-audit
+
+check: lint types audit
+
+faults: export OMP_NUM_THREADS = 1
+faults: $(BIN)/.ready  ## for every night: 50 kills, full disks, odd locales (minutes)
+	$(BIN)/python scripts/faults.py --rounds 50
 
 clean:
 	rm -rf $(VENV) .cache runs build dist *.egg-info

@@ -171,9 +171,9 @@ def curve(title: str, sizes: Sequence[int], layers: Callable[[int], Layer], run:
     print_header(f"Seconds by {title}", "", *map(str, sizes))
     for name, row in seconds.items():
         print_row(name, *(f"{took:.3f}" for took in row))
-    print_row("floor of task_arithmetic in core", *(f"{floor:.3f}" for floor in floors))
-    shares = zip(seconds["task_arithmetic"], floors, strict=True)
-    print_row("task_arithmetic / floor", *(f"{took / floor:.1f}" for took, floor in shares))
+    print_row("floor of the core space", *(f"{floor:.3f}" for floor in floors))
+    shares = zip(seconds["iso_c"], floors, strict=True)
+    print_row("iso_c / floor", *(f"{took / floor:.1f}" for took, floor in shares))
     print(
         f"\nFloor: at {rates[0] / 1e9:.0f} GFLOP/s of a float64 product and {rates[1] / 1e9:.0f} GB/s of a copy, now."
     )

@@ -30,6 +30,8 @@ def merged_delta(
 ) -> tuple[Delta, WeightReport]:
     """Return the merged delta of one weight, times ``scale``, and what the report says of it.
 
+    Weights stored as (inputs, outputs) are merged and measured the other way round: methods know inputs from outputs.
+
     Args:
         weight: the base's, as a matrix.
         device: where the deltas are merged; the result comes back to the CPU.
@@ -45,13 +47,14 @@ def merged_delta(
     if diagnostics or _needs_weight(plan, name):
         weight = at_least_float32(weight)
     deltas = [source.delta(name, weight) if name in source.ranks else _zero(weight) for source in plan.sources]
-    statistics = [found.get(name) if (found := plan.statistics.get(s.name)) else None for s in plan.sources]
+    if item.inputs_first:
+        deltas, weight = [delta.transposed() for delta in deltas], weight.mT
     merged = merge_weight(
         [moved(delta, device) for delta in deltas],
         item.choice,
         weight.to(device),
         weight_generator(plan.seed, name),
-        [None if one is None else one.to(device) for one in statistics] if plan.statistics else None,
+        _statistics(plan, name, device),
         scale,
     )
     if not math.isfinite(merged.norm):
@@ -65,7 +68,17 @@ def merged_delta(
         tasks = [task if name in source.ranks else None for source, task in zip(plan.sources, deltas, strict=True)]
         draw = weight_generator(plan.seed, f"{name}#diagnostics")  # its own: what a method draws is not touched
         entry.diagnostics = diagnose(tasks, item.choice.weights, delta, weight, draw, plan.base.dtype(name))
-    return delta, entry
+    return delta.transposed() if item.inputs_first else delta, entry
+
+
+def _statistics(plan: MergePlan, name: str, device: torch.device) -> list[Tensor | None] | None:
+    """Return the statistics of each task, turned as its delta is, or None if the merge has none."""
+    if not plan.statistics:
+        return None
+    found = [plan.statistics[source.name].get(name) for source in plan.sources]
+    if plan.merged[name].inputs_first:  # (n, n, 1) of a Gram matrix becomes (1, n, n)
+        found = [None if one is None else one.movedim(-1, 0) for one in found]
+    return [None if one is None else one.to(device) for one in found]
 
 
 def _needs_weight(plan: MergePlan, name: str) -> bool:

@@ -110,19 +110,7 @@ def merge(
     _refuse_own_folders(todo, out)
     options = Options(str(base), dtype, rank, max_shard_size)
     writer = make(todo, options)
-    report = MergeReport(
-        base=str(base),
-        sources={source.name: source.kind for source in todo.sources},
-        output=str(out),
-        output_kind=output,
-        method=method,
-        params={name: value for bound in todo.wish.bound() for name, value in bound.items()},
-        weights=todo.wish.weights.tolist(),
-        dtype=dtype,
-        seed=seed,
-        notes=list(todo.notes),
-        not_carried={source: lost for source, lost in todo.not_carried.items() if lost},
-    )
+    report = _report(todo, options, output, out)
     report.config = {
         "base": str(base),
         "sources": sources_config(sources, todo.wish.weights.tolist(), statistics or {}),
@@ -144,6 +132,23 @@ def merge(
 
         ranks.only_first(finish)
     return report
+
+
+def _report(todo: MergePlan, options: Options, output: str, out: Path) -> MergeReport:
+    """Return the report of a merge before anything is merged."""
+    return MergeReport(
+        base=options.base,
+        sources={source.name: source.kind for source in todo.sources},
+        output=str(out),
+        output_kind=output,
+        method=todo.wish.method.name,
+        params={name: value for bound in todo.wish.bound() for name, value in bound.items()},
+        weights=todo.wish.weights.tolist(),
+        dtype=options.dtype,
+        seed=todo.seed,
+        notes=list(todo.notes),
+        not_carried={source: lost for source, lost in todo.not_carried.items() if lost},
+    )
 
 
 def _refuse_own_folders(todo: MergePlan, out: Path) -> None:

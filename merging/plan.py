@@ -12,6 +12,7 @@ from orthoft.merging.files.hub import find_folder
 from orthoft.merging.files.tensors import TensorFolder, matrix_shape
 from orthoft.merging.sources.adapter import Source, open_source
 from orthoft.merging.sources.delta import continued
+from orthoft.merging.sources.names import inputs_first
 from orthoft.merging.spaces import Space
 from orthoft.merging.statistics import STATISTICS_OF, Statistics, statistics_of_tasks
 from orthoft.merging.weightwise import Choice
@@ -30,6 +31,7 @@ class WeightPlan:
     sources: tuple[str, ...]
     choice: Choice
     rank: int | None  # None if the result will be dense
+    inputs_first: bool = False  # stored as (inputs, outputs): merged the other way round
 
     @property
     def space(self) -> Space:
@@ -77,7 +79,7 @@ def plan(
     full = [name for name in tensors if prod(tensors.shape(name))]  # an empty tensor has nothing to change
     touched = [name for name in full if any(name in source.ranks for source in opened)]
     check_patterns((*wish.include, *wish.exclude, *wish.overrides), touched)
-    merged = {name: _plan_weight(name, tensors.shape(name), opened, wish) for name in touched if wish.selects(name)}
+    merged = {name: _plan_weight(name, tensors, opened, wish) for name in touched if wish.selects(name)}
     if touched and not merged:
         raise ValueError("include and exclude leave no weight to merge")
     if wish.space != "auto" and all(item.space.name != wish.space for item in merged.values()):
@@ -110,19 +112,22 @@ def named_sources(sources: Sources) -> list[tuple[str, PathLike]]:
     return list(named.items())
 
 
-def _plan_weight(name: str, shape: tuple[int, ...], sources: Sequence[Source], wish: Wish) -> WeightPlan:
+def _plan_weight(name: str, base: TensorFolder, sources: Sequence[Source], wish: Wish) -> WeightPlan:
+    shape = base.shape(name)
     touching = [source for source in sources if name in source.ranks]
     ranks = [source.ranks[name] for source in touching]
     try:
         choice = wish.of(name, [source.name for source in sources]).choice(ranks, vector=min(matrix_shape(shape)) == 1)
     except ValueError as error:
         dense = [source.name for source in touching if source.ranks[name] is None]
-        told = f" (dense here: {', '.join(dense)})" if dense else ""
-        raise ValueError(f"weight {name!r}: {error}{told}") from error
+        these = f" (dense here: {', '.join(dense)})" if dense else ""
+        raise ValueError(f"weight {name!r}: {error}{these}") from error
     known = [rank for rank in ranks if rank is not None]
     factored = choice.space.keeps_factors and len(known) == len(ranks)
     rank = min(*matrix_shape(shape), sum(known)) if factored else None
-    return WeightPlan(name, shape, tuple(source.name for source in touching), choice, rank)
+    told = [source.inputs_first[name] for source in touching if name in source.inputs_first]
+    flipped = told[0] if told else inputs_first(base, name)
+    return WeightPlan(name, shape, tuple(source.name for source in touching), choice, rank, flipped)
 
 
 def _left_out(source: Source, wish: Wish) -> list[str]:

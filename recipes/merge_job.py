@@ -38,15 +38,18 @@ class MergeJob(MergeWords):
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of ``orthoft.merging.merge``."""
+        from orthoft.merging.plan import named_sources  # imports torch, which a wrong file should not wait for
+
         sources = [JobSource(path=one) if isinstance(one, str) else one for one in self.sources]
-        names = [source.name or Path(source.path).name for source in sources]
+        named = named_sources([(source.name, source.path) if source.name else source.path for source in sources])
+        files = zip(named, sources, strict=True)
         weighted = any(source.weight is not None for source in sources)
         return {
             **self.words(),
             "base": self.base,
-            "sources": [(source.name, source.path) if source.name else source.path for source in sources],
+            "sources": named,
             "weights": [1.0 if source.weight is None else source.weight for source in sources] if weighted else None,
-            "statistics": {n: s.statistics for n, s in zip(names, sources, strict=True) if s.statistics},
+            "statistics": {name: source.statistics for (name, _), source in files if source.statistics},
             "out": self.output,
             "output": self.as_,
             "dtype": self.dtype,

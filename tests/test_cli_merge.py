@@ -126,3 +126,12 @@ def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err.splitlines() == ["error: base: missing", "error: sources: missing"]
     assert outcome("merge", tmp_path / "no.yaml") == 2
     assert capsys.readouterr().err.startswith(f"error: no such file: {tmp_path / 'no.yaml'}")
+
+
+def test_a_dry_run_refuses_what_could_not_be_written(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert outcome("merge", config(made, tmp_path), "--dry-run", "--as", "lora", "--space", "full") == 2
+    assert capsys.readouterr().err.startswith("error: output='lora' needs a rank here: 8 merged weights")
+    assert outcome("merge", config(made, tmp_path), "--dry-run", "--as", "rotation") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -11,8 +11,10 @@ import torch
 from merging_files import linear_weights, load, save_adapter, save_base, save_lora, save_oftv2
 from torch import Tensor
 
+from orthoft.delta import LowRank
 from orthoft.merging import merge, plan
-from orthoft.merging.reports.advice import Advice, Findings, advise
+from orthoft.merging.reports.advice import Advice, Findings, advise, findings
+from orthoft.merging.reports.diagnostics import diagnose
 from orthoft.merging.reports.estimate import Estimate, Job, Rates, calibrate, estimate, estimates, plan_table, total
 from orthoft.merging.reports.inspection import InspectReport, inspect_sources
 from orthoft.recipes.describe import describe
@@ -84,6 +86,21 @@ def test_tasks_that_agree_are_averaged(base: Path, tmp_path: Path) -> None:
     assert "mean cosine 1.00" in report.advice[0].why
 
 
+def test_it_is_what_tasks_read_that_counts(base: Path, tmp_path: Path) -> None:
+    """They write to the same outputs, but read inputs drawn at random."""
+    writing: Factors = lambda m, n, g: (torch.eye(m)[:, :2], torch.randn(2, n, generator=g))  # noqa: E731
+    report = inspect_sources(base, [lora(base, tmp_path / f"t{seed}", writing, seed) for seed in (1, 2)])
+    assert report.totals.output_overlap[0][1] == 1.0
+    assert [one.method for one in report.advice] == ["task_arithmetic"]
+
+
+def test_chance_is_that_of_the_inputs() -> None:
+    random = torch.Generator().manual_seed(0)
+    deltas = [LowRank(*(torch.randn(size, generator=random) for size in ((8, 4), (4, 40)))) for _ in range(2)]
+    told = diagnose(deltas, [1.0, 1.0], None, None, random)
+    assert findings(["a", "b"], [((8, 40), told)], False, [], False).chance == pytest.approx(4 / 40)
+
+
 def test_tasks_in_the_same_directions_are_decorrelated(base: Path, tmp_path: Path) -> None:
     cores = torch.eye(4), torch.block_diag(*[torch.tensor([[0.0, 1.0], [-1.0, 0.0]])] * 2)
     report = inspect_sources(base, [lora(base, tmp_path / f"t{i}", within(core), 0) for i, core in enumerate(cores)])
@@ -102,6 +119,22 @@ def test_rotations_are_merged_as_rotations(base: Path, tmp_path: Path) -> None:
     mixed = inspect_sources(base, [tmp_path / "t1", lora(base, tmp_path / "t3", drawn(), 3)])
     assert ("mean", "rotation") not in [(one.method, one.space) for one in mixed.advice]
     assert "t1 changes weights without low-rank factors" in next(one.why for one in mixed.advice if one.space == "full")
+
+
+def test_weights_stored_inputs_first_are_measured_as_others(tmp_path: Path) -> None:
+    """The tasks read different inputs; what they write is drawn. GPT-2 stores the inputs first."""
+    base = save_base(tmp_path / "base", "gpt2")
+    for task in (0, 1):
+        tensors = {}
+        for module, (weight, _) in linear_weights(base, "gpt2").items():
+            B, A = reading(task)(*weight.shape, torch.Generator().manual_seed(task))
+            tensors |= {f"{module}.lora_B.weight": 0.1 * B, f"{module}.lora_A.weight": A}
+        config = {"peft_type": "LORA", "r": R, "lora_alpha": R, "target_modules": ["c_attn", "c_proj", "c_fc"]}
+        save_adapter(tmp_path / f"t{task}", {**config, "fan_in_fan_out": True}, tensors)
+    report = inspect_sources(base, [tmp_path / "t0", tmp_path / "t1"])
+    assert "Orthogonal Adaptation" in report.advice[0].why
+    assert report.totals.input_overlap[0][1] == report.totals.cross_talk[0][1] == 0.0
+    assert report.totals.output_overlap[0][1] > 0.01
 
 
 def test_circumstances_are_told_beside_the_method(base: Path, tmp_path: Path) -> None:

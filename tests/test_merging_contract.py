@@ -22,6 +22,7 @@ from merging_files import (
     tensors_of,
 )
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from orthoft.cli import main
 from orthoft.delta import Delta, LowRank
@@ -140,3 +141,23 @@ def test_the_recipe_on_the_card_does_the_same_again(made: Path, tmp_path: Path) 
     assert stopped.value.code == 0
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second"))
     assert first == second
+
+
+@pytest.mark.parametrize("name", ["wudi", "iso_cts", "della"])
+def test_weights_stored_inputs_first_are_merged_the_other_way_round(name: str, tmp_path: Path) -> None:
+    """Methods that tell inputs from outputs see GPT-2's Conv1D as they see a linear layer."""
+    base = save_base(tmp_path / "base", "gpt2")
+    model = AutoModelForCausalLM.from_pretrained
+    for seed in (1, 2):
+        save_lora(tmp_path / f"t{seed}", model(base), seed=seed, target_modules=["c_fc"])
+    folders = [tmp_path / "t1", tmp_path / "t2"]
+    merge(base, folders, tmp_path / "out", method=name, progress=False)
+    weight = "transformer.h.0.mlp.c_fc.weight"
+    todo = plan(base, folders, method=name)
+    assert todo.merged[weight].inputs_first
+    deltas = [source.delta(weight, todo.base[weight]).transposed() for source in todo.sources]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("orthoft.merging.in_memory.weight_generator", lambda s, n: weight_generator(s, weight))
+        want = merge_deltas(deltas, method=name).dense().mT
+    got = tensors_of(tmp_path / "out")[weight] - tensors_of(base)[weight]
+    assert (got - want).norm() < 1e-4 * want.norm()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,12 +26,14 @@ from merging_files import (
     save_oftv2,
     tensors_of,
 )
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from orthoft.delta import LowRank
 from orthoft.merging import METHODS, MergeReport, merge, plan
+from orthoft.merging.plan import named_sources
 
 Folders = dict[str, Path]
 LOADED_ELSEWHERE = """
@@ -451,6 +454,51 @@ def test_an_output_may_not_replace_what_is_merged(made: dict[str, Folders]) -> N
         with pytest.raises(ValueError, match="holds what is merged"):
             merge(folders["base"], [folders["lora"]], out, method="mean", overwrite=True, progress=False)
     assert (folders["base"] / "model.safetensors").exists()
+
+
+def test_an_output_has_a_place_of_its_own(made: dict[str, Folders], tmp_path: Path) -> None:
+    base, source = shutil.copytree(made["bert"]["base"], tmp_path / "base"), made["bert"]["lora"]
+    (tmp_path / "file").write_text("")
+    before = sorted(path for path in tmp_path.rglob("*"))
+    cases: list[tuple[Path, type[Exception], str]] = [
+        (base / "merged", ValueError, r"is inside the base .*, whose folders are carried over: choose another$"),
+        (Path("."), ValueError, r"^the output folder needs a name, got '\.'$"),
+        (tmp_path / "..", ValueError, r"^the output folder needs a name, got '.*\.\.'$"),
+        (tmp_path / "file" / "out", OSError, r"^nothing can be written into .*file \(.+\)$"),
+    ]
+    for out, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            merge(base, [source], out, method="mean", overwrite=True, progress=False)
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("words", [{}, {"output": "lora", "rank": 2}, {"method": "ties", "output": "delta"}])
+def test_weights_too_large_are_told(words: dict[str, Any], made: dict[str, Folders], tmp_path: Path) -> None:
+    given = {"method": "task_arithmetic", "weights": [1e38, 1e38], "progress": False, **words}
+    sources = [made["bert"]["lora"], made["bert"]["oftv2"]]
+    with pytest.raises(ValueError, match=r"^merged weight '.*' is too large for float32: take smaller weights"):
+        merge(made["bert"]["base"], sources, tmp_path / "out", **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_change_is_a_lora_that_loads(made: dict[str, Folders], tmp_path: Path) -> None:
+    untrained = shutil.copytree(made["llama"]["lora"], tmp_path / "untrained")
+    tensors = load_file(untrained / "adapter_model.safetensors")
+    save_file({name: 0 * tensor for name, tensor in tensors.items()}, untrained / "adapter_model.safetensors")
+    words = {"method": "ties", "space": "knots", "output": "lora", "progress": False}
+    report = merge(made["llama"]["base"], [untrained], tmp_path / "out", **words)
+    assert {entry.rank for entry in report.merged} == {1}
+    model = AutoModelForCausalLM.from_pretrained(made["llama"]["base"])
+    want = model.state_dict()["model.layers.0.self_attn.q_proj.weight"].clone()
+    tuned = PeftModel.from_pretrained(model, tmp_path / "out").merge_and_unload()
+    assert torch.equal(tuned.state_dict()["model.layers.0.self_attn.q_proj.weight"], want)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] > 0
+
+
+def test_every_name_is_given_once() -> None:
+    given = [("a#2", "x"), "a", "b/a", ("a#2", "y"), "."]
+    names = [name for name, _ in named_sources(given)]
+    assert names == ["a#2", "a", "a#3", "a#2#2", Path.cwd().name]
 
 
 def test_a_nan_in_the_base_is_named(made: dict[str, Folders], tmp_path: Path) -> None:

@@ -158,6 +158,8 @@ def test_sce_weighs_tasks_by_their_energy() -> None:
     x = torch.tensor([[[3.0, 1.0, 0.0]], [[1.0, -2.0, 0.0]]])  # energies 10 : 5
     torch.testing.assert_close(merge("sce", x), torch.tensor([[35 / 15, -2.0, 0.0]]))
     torch.testing.assert_close(merge("sce", x, density=0.5), torch.tensor([[0.0, -2.0, 0.0]]))  # 1 of 2 that vary
+    same = torch.cat([x, torch.ones(2, 1, 3)], 2)  # the share is of the entries that vary, two of six
+    torch.testing.assert_close(merge("sce", same, density=0.5), torch.tensor([[0.0, -2.0, 0.0, 0.0, 0.0, 0.0]]))
     x = some_tasks(1)
     for tasks in (x, x.expand(7, -1, -1)):  # nothing varies: all are equally good
         torch.testing.assert_close(merge("sce", tasks, density=0.1), x[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -285,3 +286,18 @@ def test_a_new_method_is_a_decorated_function(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match="unknown parameter of method 'random_half' 'generator'"):
         merge_deltas(deltas, method="random_half", keep=1, generator=3)
     assert set(METHODS) == before
+
+
+def test_the_guide_names_every_method_and_parameter_with_its_default() -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "merging.md").read_text(encoding="utf-8")
+    owners = [*((name, found.parameters) for name, found in METHODS.items())]
+    owners += [(f"space `{name}`", found.parameters) for name, found in SPACES.items() if found.parameters.types]
+    for name, parameters in owners:
+        rows = [line for line in guide.splitlines() if line.startswith("| ") and name in line.split("|")[1]]
+        assert any(
+            all(f"{key}={default_of(value)}" in row for key, value in parameters.defaults.items()) for row in rows
+        ), name
+
+
+def default_of(value: object) -> str:
+    return "none" if value is None else f'"{value}"' if isinstance(value, str) else str(value)

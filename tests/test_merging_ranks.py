@@ -15,7 +15,9 @@ import torch
 from merging_files import TARGETS, save_base, save_lora
 from transformers import AutoModelForCausalLM
 
+from orthoft.delta import Rotated, SubspaceRotated
 from orthoft.merging import merge
+from orthoft.merging.deltas import moved
 from orthoft.merging.ranks import Ranks, open_ranks, pick_device
 
 WORKER = """
@@ -174,3 +176,13 @@ def test_a_merge_on_the_gpu_is_that_on_the_cpu(
     want, got = tensors_of(tmp_path / "cpu"), tensors_of(tmp_path / "cuda")
     for name, tensor in want.items():
         torch.testing.assert_close(got[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_rotations_that_are_moved_stay_rotations() -> None:
+    rotated = Rotated(torch.ones(3, 4), torch.zeros(2, 2, 2))
+    inside = SubspaceRotated(torch.ones(3, 4), torch.eye(4)[:2], torch.zeros(2, 2))
+    for delta in (rotated, inside, rotated.transposed(), inside.transposed()):
+        there = moved(delta, torch.device("meta"))
+        assert type(there) is type(delta)
+        assert there.shape == delta.shape
+        assert there.dense().device.type == "meta"

@@ -328,7 +328,7 @@ def test_the_page_shows_every_weight_and_task_and_loads_nothing(tmp_path: Path) 
 
 
 def test_the_page_leaves_out_what_says_nothing() -> None:
-    """A float32 base is not rounded to speak of, nothing is truncated in a checkpoint, and dense results have no rank."""
+    """A float32 base is hardly rounded, nothing is truncated in a checkpoint, and dense results have no rank."""
     made = report(dtype=torch.float32)
     words = Reader(made.page().html()).words
     assert "Rounding" not in words

@@ -367,3 +367,23 @@ def test_memory_is_of_the_largest_weight_not_of_the_model(tmp_path: Path) -> Non
     got = load_file(tmp_path / "out" / "model.safetensors")
     assert all(tensor.eq(5).all() for tensor in got.values())
     assert len(got) == 50
+
+
+def test_interrupted_at_the_very_end_it_goes_on(made: Path, tmp_path: Path, merged: list[str]) -> None:
+    run(made, tmp_path / "want")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(engine, "model_card", lambda report: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            run(made, tmp_path / "out")
+    assert (tmp_path / ".out.partial" / "1_Pooling").is_dir()  # carried over already
+    merged.clear()
+    run(made, tmp_path / "out")
+    assert merged == []
+    assert contents(tmp_path / "out") == contents(tmp_path / "want")
+
+
+def test_diagnostics_that_are_asked_for_later_are_made(made: Path, tmp_path: Path) -> None:
+    interrupt(made, tmp_path / "out", 20, diagnostics=False)
+    report = run(made, tmp_path / "out", diagnostics=True)
+    assert report.diagnostics.keys() == {entry.name for entry in report.merged}
+    assert told(report) == told(run(made, tmp_path / "want"))

@@ -18,6 +18,7 @@ from merging_files import (
     load,
     merged_by,
     randomised,
+    save_adapter,
     save_base,
     save_lora,
     save_oftv2,
@@ -418,3 +419,41 @@ def test_a_weighted_list_of_all_kinds(bases: dict[str, Path], tmp_path: Path) ->
     assert list(report.sources.values()) == ["LORA", "VERA", "BOFT", "ORTHOFT_OFTV2", "checkpoint"]
     for name, tensor in tensors_of(tmp_path / "out").items():
         torch.testing.assert_close(tensor.double(), wanted[name], atol=1e-5, rtol=1e-5, msg=name)
+
+
+def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> Path:
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_counters_and_empty_tensors_stay_as_in_the_base(tmp_path: Path) -> None:
+    base = {
+        "a.weight": torch.ones(4, 4),
+        "norm.steps": torch.tensor(3),
+        "mask": torch.tensor([True, False]),
+        "scale": torch.tensor(2.0),
+        "no.rows": torch.ones(0, 4),
+        "no.columns": torch.ones(4, 0),
+        "nothing": torch.ones(0),
+    }
+    save_tensors(tmp_path / "base", base)
+    tuned = {**base, "a.weight": torch.eye(4), "norm.steps": torch.tensor(5), "scale": torch.tensor(4.0)}
+    save_tensors(tmp_path / "tuned", tuned)
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    factors = {"a.lora_A.weight": torch.ones(1, 4), "a.lora_B.weight": torch.ones(4, 1)}
+    save_adapter(tmp_path / "lora", config, {**factors, "norm.steps": torch.tensor(7), "no.rows": torch.ones(0, 4)})
+    report = merge(tmp_path / "base", [tmp_path / "tuned", tmp_path / "lora"], tmp_path / "out", method="mean")
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    torch.testing.assert_close(got.pop("a.weight"), torch.ones(4, 4) + (torch.eye(4) - 1 + 1) / 2)
+    assert got.pop("scale") == 3
+    assert all(torch.equal(tensor, base[name]) for name, tensor in got.items())
+    left = "norm.steps: the base stores it as torch.int64, which is not merged"
+    assert report.not_carried == {"tuned": [left], "lora": [left]}
+
+
+def test_codes_of_a_quantised_source_are_refused(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "base", {"a.weight": torch.ones(4, 4)})
+    save_tensors(tmp_path / "codes", {"a.weight": torch.ones(4, 4, dtype=torch.int8)})
+    with pytest.raises(ValueError, match=r"^source 'codes': 'a.weight' is stored as torch.int8, .* dequantise the"):
+        merge(tmp_path / "base", [tmp_path / "codes"], tmp_path / "out", method="mean")

@@ -19,6 +19,7 @@ from orthoft.merging import merge_deltas
 from orthoft.merging.lie_algebra import procrustes
 from orthoft.merging.methods.ties import ties
 from orthoft.merging.spaces.knots import knots
+from orthoft.merging.spaces.rotation import rotation
 
 M, N = 10, 12
 WEIGHTS = [0.5, 2.0, 1.5]
@@ -140,6 +141,21 @@ def test_knots_of_one_direction_is_no_vector() -> None:
     assert relative(decode(x[0]).dense(), delta.dense()) < 1e-12
 
 
+def test_knots_keeps_directions_down_to_the_end_of_the_range() -> None:
+    """Its eigenvalues are squares of the singular values that count."""
+    frames = [torch.linalg.qr(numbers(size, 3, seed=size)).Q for size in (M, N)]
+    delta = LowRank(frames[0] * torch.tensor([1.0, 1e-4, 1e-6], dtype=torch.float64), frames[1].mT)
+    x, _ = knots([delta], None, torch.ones(1))
+    assert relative(torch.linalg.vector_norm(x[0], dim=1), torch.tensor([1.0, 1e-4], dtype=torch.float64)) < 1e-9
+
+
+def test_core_of_one_direction_is_no_vector() -> None:
+    """A single row would mean a bias to the method, and spectral methods average these."""
+    delta = low_rank(1, 1)
+    got = merge_deltas([delta, absent()], method="iso_c", space="core").dense()
+    assert relative(got, delta.dense()) < 1e-12
+
+
 def test_signs_of_singular_vectors_do_not_matter_to_ties() -> None:
     x = numbers(3, 5, 7, seed=1)
     signs = torch.tensor([1.0, -1, 1, -1, -1], dtype=torch.float64)[:, None]
@@ -154,6 +170,21 @@ def test_generators_are_summed_at_their_mean_length(kind: str, chart: str) -> No
     got = merge_deltas(deltas, method="task_arithmetic", space="rotation", weights=WEIGHTS, base=BASE, chart=chart)
     assert relative(got.dense(), want) < 1e-9
     assert isinstance(got, Dense if kind == "blocks and subspaces" else type(deltas[0]))
+
+
+@in_charts
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_a_negative_weight_turns_back(kind: str, chart: str) -> None:
+    delta = ROTATIONS[kind][0]
+    got = merge_deltas([delta], method="task_arithmetic", space="rotation", weights=[-1.0], base=BASE, chart=chart)
+    assert relative(got.dense(), BASE @ turn_of(delta).mT - BASE) < 1e-9
+
+
+def test_rotations_of_different_kinds_leave_no_residual() -> None:
+    """Not even rounding, which a method would merge as if it were a change."""
+    x, _ = rotation([rotated(3, 1), subspace(4, 2)], BASE, torch.ones(2))
+    assert x.shape == (2, M, N)
+    assert not x.any()
 
 
 @pytest.mark.parametrize("kind", ["blocks", "one block"])

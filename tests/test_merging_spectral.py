@@ -226,6 +226,28 @@ def test_iso_cts_takes_common_and_specific_directions() -> None:
     assert relative(common, merge_deltas(deltas, method="iso_c").dense()) < 1e-12
 
 
+def test_iso_cts_has_no_common_directions_where_the_tasks_cancel() -> None:
+    """Their sum is rounding, in arbitrary directions."""
+    d, e = (task.dense() for task in loras([3, 3]))
+    tasks = [d, e, -d - e]
+    single, double = (
+        merge_deltas([Dense(task.to(dtype)) for task in tasks], method="iso_cts").dense()
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert double.norm() > 1
+    assert relative(single, double) < 1e-4
+
+
+def test_iso_cts_adds_nothing_of_a_task_that_is_all_common() -> None:
+    """What is left of it is rounding: 6 common directions, and the second task's first."""
+    X = with_spectrum(torch.tensor([9.0, 8, 7, 6, 5, 4, 2, 1], dtype=torch.float64), 30, 24)
+    U, s, Vh = (part[..., :8] if i < 2 else part[:8] for i, part in enumerate(torch.linalg.svd(X)))
+    tasks = [Dense((U[:, part] * s[part] @ Vh[part]).float()) for part in (slice(0, 6), slice(6, 8))]
+    merged = merge_deltas(tasks, method="iso_cts").dense()
+    want = (s[:7].mean() * U[:, :7]) @ Vh[:7]
+    assert relative(merged, want) < 1e-5
+
+
 def test_cart_adds_what_differs_from_the_mean() -> None:
     deltas = dense(3)
     centre = merge_deltas(deltas, method="mean").dense()

@@ -11,6 +11,7 @@ from merging_files import TARGETS, load, save_base, save_lora, tensors_of
 from torch import Tensor
 
 from orthoft.merging import merge, plan
+from orthoft.merging.wish import wish_for
 
 Words = dict[str, Any]
 SUM: Words = {"method": "task_arithmetic", "progress": False}
@@ -140,3 +141,10 @@ def test_mistakes_are_told_in_one_line(
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not any(tmp_path.iterdir())
+
+
+def test_parameters_of_a_space_hold_in_that_space(made: Path) -> None:
+    words = {"method": "mean", "space": "rotation", "chart": "log"}
+    wish = wish_for(1, overrides={"*q_proj*": {"space": "full"}}, **words)
+    assert wish.of("layers.0.q_proj.weight", ["a"]).bound() == ({}, {})
+    assert wish.of("layers.0.k_proj.weight", ["a"]).bound()[1]["chart"] == "log"

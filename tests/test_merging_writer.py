@@ -225,3 +225,16 @@ def test_sums_are_rounded_once(stored: torch.dtype, dtype: torch.dtype) -> None:
             continue
         with pytest.raises(ValueError, match=r"^merged weight 'w' contains NaN or Inf as "):
             add_rounded(weight, spoilt, torch.empty(3000, 200, dtype=dtype), "w")
+
+
+def test_an_error_of_a_flush_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter([OSError("the disk is gone")])
+
+    def fsync(handle: int) -> None:
+        if (error := next(calls, None)) is not None:
+            raise error
+
+    monkeypatch.setattr("orthoft.merging.files.safetensors_file.FLUSH", 8)
+    monkeypatch.setattr("os.fsync", fsync)
+    with pytest.raises(OSError, match="the disk is gone"), SafetensorsFile(tmp_path / "file", ["a"]) as file:
+        file.write("a", torch.ones(4))

@@ -96,6 +96,7 @@ def _read(file: Path) -> tuple[dict[str, Any], int]:
     metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are not an object of words")
+    "".join([*header, *metadata, *metadata.values()]).encode("utf-8")  # JSON may spell halves of characters
     return header, size - 8 - length
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from orthoft.merging.files.tensors import TensorFolder
+from orthoft.merging.files.tensors import TensorFolder, fill
 
 IN_FLIGHT = 1 << 26  # bytes
 PIECE = 1 << 24  # bytes, a multiple of the size of every dtype
@@ -43,14 +43,16 @@ def pieces_of(folder: TensorFolder, name: str, whole: bool) -> list[Piece]:
 
 
 def stream(
-    pieces: Sequence[Piece], work: Callable[[Piece, Tensor], Tensor], write: Callable[[Piece, Tensor], None]
+    pieces: Sequence[Piece],
+    work: Callable[[Piece, Tensor], Tensor],
+    write: Callable[[Piece, Tensor], None],
+    limit: int = IN_FLIGHT,
 ) -> None:
     """Read each piece, work on its bytes (a uint8 tensor of its own), and write what comes of it, in order.
 
-    One thread reads, one writes, and the work is done in the thread that calls. No more than `IN_FLIGHT` bytes, or two
-    of the largest piece, are between being read and having been written.
+    One thread reads, one writes, and the work is done in the thread that calls. No more than ``limit`` bytes, or one
+    piece, are between being read and having been written.
     """
-    limit = max(IN_FLIGHT, 2 * max((piece.nbytes for piece in pieces), default=0))
     pending = deque(pieces)
     ahead: deque[tuple[Piece, Future[Tensor]]] = deque()
     behind: deque[tuple[int, Future[None]]] = deque()
@@ -86,11 +88,5 @@ def stream(
 def _read(piece: Piece, buffer: Tensor, files: dict[Path, FileIO]) -> Tensor:
     if piece.file not in files:
         files[piece.file] = FileIO(piece.file)
-    file, view, done = files[piece.file], buffer.numpy().data, 0
-    file.seek(piece.offset + piece.start)
-    while done < piece.nbytes:
-        count = file.readinto(view[done:])
-        if not count:
-            raise ValueError(f"{piece.file} became shorter while it was read: start the merge again")
-        done += count
+    fill(buffer, files[piece.file], piece.offset + piece.start)
     return buffer

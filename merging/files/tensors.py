@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from orthoft.merging.files.header import DTYPES, one_line, parse_json, read_header
@@ -22,7 +22,8 @@ class TensorFolder(Mapping[str, Tensor]):
     """A read-only mapping from names to tensors over one safetensors file, or the shards that an index names.
 
     Only headers are read at first, and checked; ``folder[name]`` reads one tensor, ``rows`` a part of one. ``stem`` is
-    "model" or "adapter_model". Links are followed, as the cache of the Hub consists of them.
+    "model" or "adapter_model". Links are followed, as the cache of the Hub consists of them. Files are read and not
+    mapped: the pages of a mapping count as memory of the process for as long as the system has room for them.
 
     Raises:
         FileNotFoundError: there is neither ``<stem>.safetensors`` nor ``<stem>.safetensors.index.json``.
@@ -48,22 +49,19 @@ class TensorFolder(Mapping[str, Tensor]):
         unnamed = {name: shard for shard, header in headers.items() for name in header if name not in shard_of}
         self._shard_of = shard_of | unnamed
         self._entries = {name: headers[shard][name] for name, shard in self._shard_of.items()}
-        self._files = {shard: _open(folder / shard) for shard in shards}
+        self._files = {shard: FileIO(folder / shard) for shard in shards}
+        self._data = {shard: 8 + int.from_bytes(file.read(8), "little") for shard, file in self._files.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        shard = self._shard_of[name]
-        try:
-            tensor: Tensor = self._files[shard].get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{self.folder / shard} changed while it was read ({one_line(error)})") from error
-        return tensor
+        entry = self._entries[name]
+        return self._read(name, 0, entry.stop - entry.start).reshape(entry.shape)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return the rows ``start`` to ``stop`` of ``as_matrix(folder[name])``, reading no others."""
-        if len(self.shape(name)) < 2:
-            return as_matrix(self[name])[start:stop]
-        part: Tensor = self._files[self._shard_of[name]].get_slice(name)[start:stop]
-        return as_matrix(part)
+        m, n = matrix_shape(self.shape(name))
+        start, stop, _ = slice(start, stop).indices(m)
+        count, size = max(stop - start, 0), n * self.dtype(name).itemsize
+        return self._read(name, start * size, (start + count) * size).reshape(count, n)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shard_of)
@@ -84,10 +82,29 @@ class TensorFolder(Mapping[str, Tensor]):
 
     def place(self, name: str) -> tuple[Path, int, int]:
         """Return the file of a tensor, the offset of its first byte there, and the number of its bytes."""
-        file, entry = self.folder / self._shard_of[name], self._entries[name]
-        with file.open("rb") as opened:
-            header = int.from_bytes(opened.read(8), "little")
-        return file, 8 + header + entry.start, entry.stop - entry.start
+        shard, entry = self._shard_of[name], self._entries[name]
+        return self.folder / shard, self._data[shard] + entry.start, entry.stop - entry.start
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        """Return the entries of a tensor in its bytes ``start`` to ``stop``."""
+        buffer = torch.empty(stop - start, dtype=torch.uint8)
+        fill(buffer, self._files[self._shard_of[name]], self.place(name)[1] + start)
+        return buffer.view(self.dtype(name))
+
+
+def fill(buffer: Tensor, file: FileIO, start: int) -> None:
+    """Read the bytes behind ``start`` of a file into all of a uint8 tensor.
+
+    Raises:
+        ValueError: the file ends before.
+    """
+    view, done = buffer.numpy().data, 0
+    file.seek(start)
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise ValueError(f"{file.name} became shorter while it was read: start the merge again")
+        done += count
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -135,15 +152,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} should hold a JSON object, it holds a {type(content).__name__}")
     return content
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} is truncated or not a safetensors file ({one_line(error)}): copy or save it again"
-        ) from error
 
 
 def _read_index(index: Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from orthoft.merging.methods.entrywise import require_density, threshold, trim
-from orthoft.merging.methods.registry import method, weighted
+from orthoft.merging.methods.registry import combined, method
 
 
 @method("magnitude", rowwise=True, prepare=threshold)
@@ -19,4 +19,4 @@ def magnitude(x: Tensor, weights: Tensor, *, density: float = 0.2, prepared: Ten
         ValueError: ``density`` is outside (0, 1].
     """
     require_density(density)
-    return weighted(trim(x, density, prepared), weights).sum(0)
+    return combined(trim(x, density, prepared), weights)

@@ -104,8 +104,8 @@ def get_method(name: str) -> Method:
 
 
 def weighted(x: Tensor, weights: Tensor) -> Tensor:
-    """Return ``w_t x_t`` (T, p, q)."""
-    return x * weights.to(x).reshape(-1, 1, 1)
+    """Return ``w_t x_t`` (T, p, q); ``x`` itself, uncopied, where all weights are 1: it is not to be written into."""
+    return x if bool((weights == 1).all()) else x * weights.to(x).reshape(-1, 1, 1)
 
 
 def combined(x: Tensor, coefficients: Tensor) -> Tensor:

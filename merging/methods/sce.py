@@ -30,7 +30,7 @@ def sce(x: Tensor, weights: Tensor, *, density: float = 1.0) -> Tensor:
     y = weighted(x, weights)
     if density < 1.0:
         y = torch.where(selected(y, density), y, 0.0)
-    sizes = torch.linalg.vector_norm(y, dim=(1, 2), dtype=torch.float64).square()  # (T,)
+    sizes = torch.linalg.vector_norm(y, dim=2).double().square().sum(1)  # (T,), row by row
     shares = sizes / sizes.max().clamp(min=torch.finfo(torch.float64).tiny)
     sign, agreeing = elected(y)
     return sign * weighted(agreeing, shares).sum(0) / votes(agreeing, shares)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from orthoft.delta import Delta
 from orthoft.linalg import at_least_float32
 from orthoft.merging.files.safetensors_file import SafetensorsFile
-from orthoft.merging.files.streaming import Piece, pieces_of, stream
+from orthoft.merging.files.streaming import IN_FLIGHT, Piece, pieces_of, stream
 from orthoft.merging.files.tensors import as_matrix
 from orthoft.merging.files.writer import Shard, carry_over, parse_size, sharded, write_index
 from orthoft.merging.outputs.registry import DeltaOf, DeltaOn, Options, Output, output, rounded
@@ -20,6 +21,8 @@ from orthoft.merging.sources.adapter import MERGEABLE
 from orthoft.merging.threads import torch_threads
 
 SLICE = 1 << 19  # entries that are added and rounded at once: 2 MB in float32, which stays in the cache
+
+FLOAT32 = 4  # bytes: two of the largest weight in half precision are in flight, one in single precision
 
 
 @output("checkpoint")
@@ -57,7 +60,8 @@ class CheckpointOutput(Output):
                 out.append(result)
 
             with torch_threads(1):
-                stream(pieces, work, write)
+                largest = max((prod(stored[piece.name][1]) for piece in pieces if piece.name in merged), default=0)
+            stream(pieces, work, write, max(IN_FLIGHT, FLOAT32 * largest))
         return out.digest
 
     def _dtype(self, name: str) -> torch.dtype:

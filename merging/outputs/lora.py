@@ -15,7 +15,7 @@ from orthoft.merging.outputs.registry import DeltaOf, Options, Output, output, r
 from orthoft.merging.plan import MergePlan
 from orthoft.merging.reports.report import MergeReport, WeightReport
 from orthoft.merging.sources.adapter import AdapterSource
-from orthoft.merging.sources.names import EMBEDDING, inputs_first
+from orthoft.merging.sources.names import EMBEDDING
 
 
 @output("lora")
@@ -58,7 +58,7 @@ class LoraOutput(Output):
         modules = {name: namer.module(name) for name in self.names}
         keys = [f"base_model.model.{module}.lora_{factor}.weight" for module in modules.values() for factor in "AB"]
         ranks: dict[str, int] = {}
-        flipped = {name: self._inputs_first(name) for name in self.names}
+        flipped = {name: self.plan.merged[name].inputs_first for name in self.names}
         with SafetensorsFile(folder / "adapter_model.safetensors", keys) as file:
             for name, module in modules.items():
                 delta = delta_of(name)
@@ -78,10 +78,6 @@ class LoraOutput(Output):
         write_json(folder / "adapter_config.json", config)
         left = [f"{name}: not the weight of a linear layer" for name in self.plan.merged if name not in flipped]
         report.not_carried |= {"output": left} if left else {}
-
-    def _inputs_first(self, name: str) -> bool:
-        told = [source.inputs_first[name] for source in self.plan.sources if name in source.inputs_first]
-        return told[0] if told else inputs_first(self.plan.base, name)
 
 
 def lora_config(ranks: Mapping[str, int], **fields: Any) -> dict[str, Any]:

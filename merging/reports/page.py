@@ -27,7 +27,10 @@ CHANCE = 0.5  # of a sign conflict
 MERGED = "merged"
 
 MATRIX_WORDS = {
-    "cosine": ("Cosine", "Of the angle between two changes: 0 is unrelated, 1 the same direction, -1 the opposite one."),
+    "cosine": (
+        "Cosine",
+        "Of the angle between two changes: 0 is unrelated, 1 the same direction, -1 the opposite one.",
+    ),
     "input_overlap": (
         "Input overlap",
         "How much of what one task reads the other reads too: 0 nothing, 1 all. Where it is near 0, a sum is safe.",
@@ -38,8 +41,8 @@ MATRIX_WORDS = {
     ),
     "sign_conflict": (
         "Sign conflict",
-        "The share of entries that two tasks push in opposite ways. Half, without colour, is chance; blue is a quarrel, "
-        "orange agreement.",
+        "The share of entries that two tasks push in opposite ways. Half, without colour, is chance; blue is a "
+        "quarrel, orange agreement.",
     ),
     "cross_talk": (
         "Cross-talk",
@@ -127,7 +130,7 @@ def sections(tasks: Sequence[str], weights: Weights) -> list[Section]:
 
 def _survival(tasks: Sequence[str], merged: MergeDiagnostics) -> Section:
     lines = [
-        Bar(name, kept or 0.0, other or 0.0, f"{number(kept)}, others add {number(other)}")
+        Bar(name, kept or 0.0, other or 0.0, f"{number(kept)}; others in a sum {number(other)}")
         for name, kept, other in zip(tasks, merged.survival, merged.interference, strict=True)
     ]
     text = (
@@ -163,7 +166,7 @@ def _of_merge(tasks: Sequence[str], weights: Weights) -> list[Section]:
         ),
         _by_task(
             "Survival by layer",
-            "How much of each task survives, layer by layer: 1 is a task held whole, 0 a task lost, orange one reversed.",
+            "What survives of each task, by layer: 1 is a task held whole, 0 one that is lost, orange one reversed.",
             tasks,
             {name: merge.survival for name, merge in merges.items()},
             top=1.0,

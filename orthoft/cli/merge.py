@@ -148,11 +148,14 @@ def with_statistics(words: Mapping[str, Any], given: Mapping[str, Any], statisti
 def planned(arguments: Mapping[str, Any]) -> str:
     """Return the plan of a merge as a table."""
     from orthoft.merging import plan
+    from orthoft.merging.outputs import Options, get_output
     from orthoft.merging.reports.estimate import plan_table
 
     beside = ("out", "output", "dtype", "rank", "max_shard_size", "device", "diagnostics")
-    words = {key: value for key, value in arguments.items() if key not in beside}
-    return plan_table(plan(**words), arguments["output"])
+    todo = plan(**{key: value for key, value in arguments.items() if key not in beside})
+    chosen = {key: arguments[key] for key in ("dtype", "rank", "max_shard_size")}
+    get_output(arguments["output"])(todo, Options(str(arguments["base"]), **chosen))  # refuses what it could not write
+    return plan_table(todo, arguments["output"])
 
 
 def parse_source(text: str) -> dict[str, Any]:
