@@ -16,7 +16,7 @@ from torch import Tensor
 from orthoft.delta import Delta
 from orthoft.merging.deltas import is_small, load_delta, merged_delta, model_scale, save_delta, scaled_entry
 from orthoft.merging.files.tensors import as_matrix
-from orthoft.merging.files.writer import Shard, refuse_existing
+from orthoft.merging.files.writer import Shard, refuse_existing, write_text
 from orthoft.merging.outputs import Options, Output, get_output
 from orthoft.merging.plan import MergePlan, PathLike, Sources, plan
 from orthoft.merging.ranks import Ranks, open_ranks, pick_device
@@ -128,7 +128,7 @@ def merge(
             report.seconds, report.peak_bytes = time.perf_counter() - start, _peak_bytes()
             report.save(partial.folder / REPORT)
             report.to_html(partial.folder / PAGE)
-            (partial.folder / CARD).write_text(model_card(report), encoding="utf-8")
+            write_text(partial.folder / CARD, model_card(report))
 
         ranks.only_first(finish)
     return report

@@ -14,10 +14,10 @@ Triplets = tuple[Tensor, Tensor, Tensor]
 def leading_triplets(matrix: Tensor, rank: int) -> Triplets:
     """Return ``U`` (m, k), ``s`` (k,), ``Vh`` (k, n) in float64 of the best approximation of rank k, or of full rank.
 
-    Block Krylov: an orthonormal ``V`` grows by ``A^T A V``, the triplets are those of ``A V`` (Rayleigh-Ritz by its Gram
-    matrix in float64), until ``||A^T u_i - s_i v_i|| < 1e-5 s_1`` for all. The error of the approximation is second
-    order in that residual. Spectra so flat that a third of all directions does not get there, and ranks that are not
-    small, take the SVD. arXiv 1504.05477.
+    Block Krylov: an orthonormal ``V`` grows by ``A^T A V``, the triplets are those of ``A V`` (Rayleigh-Ritz by its
+    Gram matrix in float64), until ``||A^T u_i - s_i v_i|| < 1e-5 s_1`` for all. The error of the approximation is
+    second order in that residual. Spectra so flat that a third of all directions does not get there, and ranks that are
+    not small, take the SVD. arXiv 1504.05477.
     """
     found = _krylov(matrix, rank) if 0 < 8 * rank <= min(matrix.shape) else None
     if found is not None:
@@ -45,9 +45,9 @@ def _krylov(A: Tensor, k: int) -> Triplets | None:
 
 
 def _grown(A: Tensor, V: Tensor, AV: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Return ``V`` and ``A V`` with one more block, made orthogonal to the others twice, which is enough."""
+    """Return ``V`` and ``A V`` with one more block, made orthonormal twice: what is left after the first time may be
+    rounding, which only shows its share of ``V`` once it has length 1."""
     new = A.mT @ AV[:, -block:]
     for _ in range(2):
-        new = new - V @ (V.mT @ new)
-    new = torch.linalg.qr(new).Q
+        new = torch.linalg.qr(new - V @ (V.mT @ new)).Q
     return torch.cat([V, new], 1), torch.cat([AV, A @ new], 1)

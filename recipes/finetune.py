@@ -8,6 +8,7 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import peft
 import torch
 from accelerate import PartialState
+from torch import Tensor
 from tqdm import tqdm
 from transformers import (
     AutoModel,
@@ -31,6 +33,7 @@ from orthoft.adapters import ADAPTERS
 from orthoft.errors import unknown
 from orthoft.recipes.data import TaskData, collate
 from orthoft.recipes.head import Classifier, Head
+from orthoft.recipes.initialise import initialise
 from orthoft.recipes.schema import Adapter, Recipe, Task
 from orthoft.trainer import OrthoTrainer
 
@@ -127,11 +130,22 @@ class Bar(TrainerCallback):
 
 def fingerprint(recipe: Recipe, task: Task, base: Path) -> str:
     """Return a hash of all that an expert depends on: the task's words, its files' contents, base, dtype and seed."""
-    files = [task.data.train, task.data.tuning, task.data.test] if task.data.dataset is None else []
-    digests = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if file]
     weights = sorted((f.name, f.stat().st_size) for f in base.glob("*.safetensors"))
-    words = [task.model_dump(mode="json"), digests, recipe.base, weights, recipe.dtype, recipe.seed]
+    words: list[Any] = [task.model_dump(mode="json"), _digests(task), recipe.base, weights, recipe.dtype, recipe.seed]
+    if (chosen := recipe.train_to_merge) is not None:  # from the data of all tasks
+        general = [] if chosen.general is None else [_digest(chosen.general)]
+        others = [[other.model_dump(mode="json"), _digests(other)] for other in recipe.tasks]
+        words += [chosen.model_dump(mode="json"), general, others]
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(task: Task) -> list[str]:
+    files = [task.data.train, task.data.tuning, task.data.test] if task.data.dataset is None else []
+    return [_digest(file) for file in files if file]
+
+
+def _digest(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def finished(folder: Path, mark: str) -> dict[str, Any] | None:
@@ -141,8 +155,12 @@ def finished(folder: Path, mark: str) -> dict[str, Any] | None:
     return told if told.get("fingerprint") == mark else None
 
 
-def train(recipe: Recipe, ready: Ready, base: Path, folder: Path) -> dict[str, Any]:
+def train(
+    recipe: Recipe, ready: Ready, base: Path, folder: Path, rows: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
     """Train a task's adapter, save it to ``folder`` (from the main process), and return what is known of it.
+
+    With ``rows``, see `orthoft.recipes.initialise`, it reads its inputs through these alone.
 
     Raises:
         ValueError: the loss became NaN or infinite.
@@ -150,6 +168,8 @@ def train(recipe: Recipe, ready: Ready, base: Path, folder: Path) -> dict[str, A
     task, start = ready.task, time.perf_counter()
     set_seed(recipe.seed)
     model = peft.get_peft_model(load_model(task.kind, base, recipe.dtype), adapter_config(task.adapter, task.kind))
+    if rows is not None:
+        initialise(model, rows)
     trained = model if ready.head is None else Classifier(model, ready.head)
     trainer = OrthoTrainer(
         model=trained,

@@ -192,4 +192,7 @@ def missing_files(recipe: Recipe) -> list[str]:
         for split, path in splits.items():
             if task.data.dataset is None and path is not None and not Path(path).is_file():
                 absent.append(f"tasks[{i}].data.{split}: no such file: {Path(path).absolute()}")
+    general = None if recipe.train_to_merge is None else recipe.train_to_merge.general
+    if general is not None and not Path(general).is_file():
+        absent.append(f"train_to_merge.general: no such file: {Path(general).absolute()}")
     return absent

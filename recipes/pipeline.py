@@ -16,7 +16,8 @@ from typing import Any
 import peft
 import torch
 from accelerate import PartialState
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from orthoft.errors import unknown
@@ -30,6 +31,7 @@ from orthoft.recipes.prepare import RESULTS, check, open_output, quiet
 from orthoft.recipes.rehearse import rehearse
 from orthoft.recipes.schema import CausalLM, Classification, Recipe, Task
 from orthoft.recipes.table import MERGED, gains, table
+from orthoft.recipes.train_to_merge import save_subspaces
 
 Say = Callable[[str], None]
 
@@ -104,6 +106,7 @@ class Run:
 
     def finetune(self) -> None:
         """Train one expert after the other, or take up a finished one."""
+        self.choose_subspaces()
         for i, ready in enumerate(self.ready):
             task, data, folder = ready.task, ready.data, self.expert(ready.task.name)
             unit = f"{len(data.classes)} classes" if data.classes else f"blocks of {len(data.train[0]['input_ids'])}"
@@ -112,12 +115,30 @@ class Run:
             ready = self.ready[i] = self._with_head(ready, fit=known is None) if data.classes else ready
             if known is None:
                 with self.timed("finetune"):
-                    known = train(self.recipe, ready, self.base, folder)
+                    known = train(self.recipe, ready, self.base, folder, self.rows(task.name))
                 last = f", loss {known['losses'][-1][1]:.3f}" if known["losses"] else ""
                 self.say(f"  {task.adapter.type}, {known['parameters']:,} parameters: {known['steps']} steps{last}")
             else:
                 self.say(f"  reused {folder}")
             self.results["experts"][task.name] = {"folder": str(folder)} | known
+
+    def choose_subspaces(self) -> None:
+        """Choose where each task may write, in the main process, if the recipe wants it and a task is to train."""
+        if self.recipe.train_to_merge is None:
+            return
+        to_train = [r for r in self.ready if finished(self.expert(r.task.name), r.mark) is None]
+        if to_train and PartialState().is_main_process:
+            self.say(f"choosing subspaces: {self.recipe.train_to_merge.method}")
+            with self.timed("subspaces"):
+                save_subspaces(self.recipe, self.base, self.tokenizer, self.out / "subspaces")
+        PartialState().wait_for_everyone()
+
+    def rows(self, name: str) -> dict[str, Tensor] | None:
+        """Return the rows through which a task's adapter reads, if they were chosen."""
+        if self.recipe.train_to_merge is None:
+            return None
+        rows: dict[str, Tensor] = load_file(self.out / "subspaces" / f"{name}.safetensors")
+        return rows
 
     def _with_head(self, ready: Ready, fit: bool) -> Ready:
         """Fit the probe in the main process, and let every process read it from disk."""

@@ -20,7 +20,7 @@ from orthoft.recipes.load import RecipeError
 from orthoft.recipes.schema import Merge, Recipe
 
 RESULTS, RECIPE = "results.json", "recipe.yaml"
-OURS = ("experts", "heads", "merged", "merged-lora", RESULTS, RECIPE)
+OURS = ("experts", "heads", "subspaces", "merged", "merged-lora", "search", RESULTS, RECIPE)
 
 
 def check(recipe: Recipe) -> None:
@@ -76,7 +76,7 @@ def open_output(recipe: Recipe, out: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{out} holds a finished run: give --overwrite to start again, or choose another output")
     elif (out / RECIPE).is_file():
         before = yaml.safe_load((out / RECIPE).read_text(encoding="utf-8"))
-        if any(before.get(key) != words[key] for key in ("base", "dtype", "seed", "tasks")):
+        if any(before.get(key) != words[key] for key in ("base", "dtype", "seed", "tasks", "train_to_merge")):
             raise FileExistsError(f"{out} holds a run of another recipe: give --overwrite, or choose another output")
     out.mkdir(parents=True, exist_ok=True)
     (out / RECIPE).write_text(yaml.safe_dump(words, sort_keys=False), encoding="utf-8")

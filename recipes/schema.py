@@ -8,7 +8,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    create_model,
+    model_validator,
+)
 
 from orthoft.recipes.strict import Name, PathText, Strict
 
@@ -137,6 +146,19 @@ class Merge(MergeWords):
         return [self.weights] * tasks if isinstance(self.weights, int | float) else self.weights
 
 
+class TrainToMerge(Strict):
+    """Where each task may write, chosen before training from a few unlabelled rows of all tasks, and frozen.
+
+    ``rows`` of each task's train split, and of the texts in ``general`` (JSONL, CSV or Parquet, column ``text``), which
+    stand for tasks that are not known yet; ``ridge`` is of "contrastive". Rank and layers are the adapters' own.
+    """
+
+    method: Literal["osrm", "contrastive", "orthogonal", "principal"]
+    rows: PositiveInt = 300
+    ridge: PositiveFloat = 1e-2
+    general: PathText | None = None
+
+
 class Lora(Strict):
     """The merge as one LoRA adapter; without a rank, the sum of the experts' ranks."""
 
@@ -168,6 +190,7 @@ class Recipe(Strict):
     threads: PositiveInt | None = None
     defaults: None = Field(None, exclude=True)  # laid under the tasks before they are checked
     tasks: Annotated[list[Annotated[Task, Field(discriminator="kind")]], Field(min_length=1)]
+    train_to_merge: TrainToMerge | None = None
     evaluate: Evaluate = Evaluate()
     merge: Merge | None = None
     export: Export = Export()
@@ -184,4 +207,17 @@ class Recipe(Strict):
         weights = self.merge.weights if self.merge else None
         if isinstance(weights, list) and len(weights) != len(names):
             raise ValueError(f"merge.weights has {len(weights)} numbers for {len(names)} tasks")
+        return self
+
+    @model_validator(mode="after")
+    def _subspaces_have_adapters(self) -> Recipe:
+        if self.train_to_merge is None:
+            return self
+        types = {task.adapter.type.removeprefix("peft.") for task in self.tasks}
+        if types not in ({"lora"}, {"psoft"}):
+            raise ValueError(
+                f"train_to_merge needs adapters all of type lora or all psoft, got {', '.join(sorted(types))}"
+            )
+        if types == {"psoft"} and self.train_to_merge.method == "osrm":
+            raise ValueError("train_to_merge: rotations need subspaces without overlap, which osrm does not give")
         return self

@@ -20,7 +20,20 @@ from tiny import label_task, save_bert
 from orthoft.cli import main
 from orthoft.cli.merge import parse_param, parse_source
 
-COMMANDS = ("run", "finetune", "merge", "convert", "inspect", "methods", "spaces", "outputs", "adapters")
+COMMANDS = (
+    "run",
+    "finetune",
+    "merge",
+    "search",
+    "recipes",
+    "doctor",
+    "convert",
+    "inspect",
+    "methods",
+    "spaces",
+    "outputs",
+    "adapters",
+)
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,11 @@ def test_shards_hold_everything_once_and_no_more_than_allowed(limit: int | str, 
         assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("size", ["5", "GB", "5 PB", "-1GB", 0, "1.5GB"])
+def test_a_size_is_a_number_or_has_a_unit() -> None:
+    assert [parse_size(size) for size in (170000, "170000", "5GB", "2 mb")] == [170000, 170000, 5 * 10**9, 2 * 10**6]
+
+
+@pytest.mark.parametrize("size", ["0", "GB", "5 PB", "-1GB", 0, "1.5GB"])
 def test_a_wrong_size_is_told(size: int | str) -> None:
     with pytest.raises(ValueError, match=r"^a size is a number of bytes or e\.g\. '5GB'"):
         parse_size(size)

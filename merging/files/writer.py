@@ -30,6 +30,7 @@ __all__ = [
     "sharded",
     "write_index",
     "write_json",
+    "write_text",
 ]
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -159,12 +160,18 @@ def carry_over(base: Path, folder: Path, dtype: torch.dtype | None = None) -> No
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write an object as indented JSON."""
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write UTF-8; names of files that the locale could not decode are written as the bytes that they are."""
+    file.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def parse_size(size: int | str) -> int:
     """Return a number of bytes, given as such or like "5GB" (KB, MB, GB, TB are powers of ten)."""
-    number, unit = (str(size)[:-2], str(size)[-2:].upper()) if isinstance(size, str) else (str(size), "")
+    text = str(size).strip()
+    number, unit = (text, "") if text.isdigit() else (text[:-2], text[-2:].upper())
     factor = UNITS.get(unit, 1 if not unit else 0)
     if not number.strip().isdigit() or int(number) * factor <= 0:
         raise ValueError(f"a size is a number of bytes or e.g. '5GB' ({', '.join(UNITS)}), got {size!r}")

@@ -8,6 +8,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from orthoft.merging.files.writer import write_text
 from orthoft.merging.reports.diagnostics import (
     MATRICES,
     Matrix,
@@ -101,7 +102,7 @@ class Page:
 
     def save(self, file: str | Path) -> None:
         """Write the page to a file."""
-        Path(file).write_text(self.html(), encoding="utf-8")
+        write_text(Path(file), self.html())
 
     def fragment(self) -> str:
         """Return the facts and the first pictures, for a notebook."""

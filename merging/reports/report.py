@@ -11,6 +11,7 @@ from typing import Any
 
 from orthoft import __version__
 from orthoft.merging.files.tensors import read_json
+from orthoft.merging.files.writer import write_text
 from orthoft.merging.reports.diagnostics import WeightDiagnostics, combined, pair_mean
 from orthoft.merging.reports.page import Page, Table, sections
 from orthoft.merging.reports.pictures import NOTHING, number
@@ -171,7 +172,7 @@ def write_report(file: str | Path, content: Mapping[str, Any], lines: str) -> No
     for key, value in _finite(dict(content)).items():
         each = ",\n".join(f"    {json.dumps(entry)}" for entry in value) if key == lines and value else None
         text.append(f"  {json.dumps(key)}: {json.dumps(value) if each is None else f'[{chr(10)}{each}{chr(10)}  ]'}")
-    Path(file).write_text("{\n" + ",\n".join(text) + "\n}\n", encoding="utf-8")
+    write_text(Path(file), "{\n" + ",\n".join(text) + "\n}\n")
 
 
 def _finite(value: Any) -> Any:

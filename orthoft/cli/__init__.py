@@ -2,7 +2,10 @@
 
 from orthoft.cli import train  # isort: skip  (commands are listed in this order)
 from orthoft.cli import merge  # isort: skip
-from orthoft.cli import convert, look
+from orthoft.cli import search  # isort: skip
+from orthoft.cli import convert, look, recipes
+
+from orthoft.cli import doctor  # isort: skip
 from orthoft.cli.app import app, main
 
-__all__ = ["app", "convert", "look", "main", "merge", "train"]
+__all__ = ["app", "convert", "doctor", "look", "main", "merge", "recipes", "search", "train"]

@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Orthogonal fine-tuning of Hugging Face models, and merging of what was trained.",

@@ -1,0 +1,67 @@
+"""``search``: which merge of a recipe's experts is best."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from orthoft.cli.app import Overrides, RecipeFile, app
+
+
+class Objective(StrEnum):
+    gain = "gain"
+    score = "score"
+    loss = "loss"
+
+
+@app.command()
+def search(
+    recipe: RecipeFile,
+    trials: Annotated[int | None, typer.Option(help="Merges to try in all; 50 unless given.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="How long to begin new ones.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Try this one only; may be repeated.")
+    ] = None,
+    space: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Try this one only; may be repeated.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of each tuning split; all unless given.")] = None,
+    objective: Annotated[
+        Objective, typer.Option(help="The mean gain kept, the mean score, or the mean negative loss.")
+    ] = Objective.gain,
+    pareto: Annotated[
+        bool, typer.Option("--pareto", help="Look for the front between tasks, not the best mean.")
+    ] = False,
+    equal_weights: Annotated[bool, typer.Option("--equal-weights", help="Leave the tasks' weights at 1.")] = False,
+    memory: Annotated[float, typer.Option(help="GB that weights and deltas may take beside the model.")] = 8.0,
+    seed: Annotated[int | None, typer.Option(help="Of the trials; the recipe's unless given.")] = None,
+    set_: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget the trials of an earlier search.")] = False,
+) -> None:
+    """Find method, space, scale, weights and parameters for the merge of a recipe's experts, on their tuning splits.
+
+    The experts are read once; each trial merges them in memory. The best is scored on the test splits, once. A search
+    that was interrupted, or is given more trials, goes on where it stopped.
+
+    Example: orthoft search recipes/configs/minilm.yaml --trials 50
+
+    Example: orthoft search recipes/configs/minilm.yaml --minutes 10 --method ties --method opcm --equal-weights
+    """
+    from orthoft.recipes.search import search as search_merge
+
+    search_merge(
+        recipe,
+        set_ or (),
+        trials=trials,
+        minutes=minutes,
+        methods=method or None,
+        spaces=space or None,
+        rows=rows,
+        objective=objective.value,
+        pareto=pareto,
+        equal_weights=equal_weights,
+        memory=memory,
+        seed=seed,
+        overwrite=overwrite,
+        say=typer.echo,
+    )

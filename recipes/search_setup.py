@@ -1,0 +1,125 @@
+"""Before a search of merges: experts, live model, what can be tried, and Optuna's study on disk."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from orthoft.delta import Delta, Rotated, SubspaceRotated
+from orthoft.merging import SPACES, plan
+from orthoft.recipes.finetune import Ready, fingerprint, finished, load_model
+from orthoft.recipes.head import Head
+from orthoft.recipes.live_merge import LiveMerge, held_bytes
+from orthoft.recipes.pipeline import Run
+from orthoft.recipes.schema import Recipe
+from orthoft.recipes.search_report import JOB, PAGE, RESULT, Objective
+from orthoft.recipes.search_space import Candidate, candidates
+
+if TYPE_CHECKING:
+    from optuna import Study
+
+FOLDER, JOURNAL = "search", "search.journal"
+ROTATIONS: list[set[type[Delta]]] = [{Rotated}, {SubspaceRotated}]
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What is searched for; a search that was broken off goes on only with the same."""
+
+    methods: list[str] | None
+    spaces: list[str] | None
+    rows: int | None
+    objective: Objective
+    pareto: bool
+    equal_weights: bool
+    seed: int
+
+
+def optuna_module() -> Any:
+    """Return Optuna, quiet, or say how to install it."""
+    try:
+        import optuna
+    except ModuleNotFoundError:
+        raise ValueError("the search needs Optuna: pip install 'orthoft[search]'") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+def read_experts(recipe: Recipe, base: Path) -> list[Ready]:
+    """Return the tasks' data and heads.
+
+    Raises:
+        ValueError: an expert is not there, or is that of another training.
+    """
+    run = Run(recipe, base, Path(recipe.output), lambda line: None)
+    for task in recipe.tasks:
+        folder = run.expert(task.name)
+        if finished(folder, fingerprint(recipe, task, base)) is None:
+            what = "is of another recipe or other data" if folder.exists() else "is not there"
+            raise ValueError(f"the expert {folder} {what}: train it by `orthoft finetune` with this recipe")
+    run.read(recipe.tasks)
+    heads = {ready.task.name: run.out / "heads" / f"{ready.task.name}.safetensors" for ready in run.ready}
+    return [replace(r, head=Head.load(heads[r.task.name])) if r.data.classes else r for r in run.ready]
+
+
+def open_live(recipe: Recipe, base: Path, memory: float) -> LiveMerge:
+    """Return the live model with the experts' deltas, if they fit.
+
+    Raises:
+        ValueError: they take more than ``memory`` GB.
+    """
+    left = recipe.merge
+    patterns: dict[str, Any] = {} if left is None else {"include": left.include, "exclude": left.exclude}
+    sources = [(task.name, Path(recipe.output) / "experts" / task.name) for task in recipe.tasks]
+    todo = plan(base, sources, method="mean", space="full", seed=recipe.seed, **patterns)
+    if (need := held_bytes(todo) / 1e9) > memory:
+        raise ValueError(
+            f"weights, deltas and a merge take up to {need:.1f} GB, more than the {memory:g} GB of --memory: "
+            "allow more, or leave weights out by merge.exclude"
+        )
+    model = load_model(recipe.tasks[0].kind, base, recipe.dtype)
+    return LiveMerge(todo, model, getattr(torch, recipe.export.dtype) if recipe.export.dtype else None)
+
+
+def tried_here(live: LiveMerge, aim: Aim) -> tuple[list[Candidate], list[str]]:
+    """Return what can be tried; spaces of factors or of rotations where all tasks have them."""
+    held = [delta for source in live.held for delta in source.deltas.values() if min(delta.shape) > 1]
+    factored, kinds = all(delta.rank() is not None for delta in held), {type(delta) for delta in held}
+    names = ["full"] + [name for name, space in SPACES.items() if space.keeps_factors and factored]
+    names += [name for name, space in SPACES.items() if not space.isometric and kinds in ROTATIONS]
+
+    def works(method: str, space: str) -> None:
+        merged = live.planned({"method": method, "space": space}).merged
+        if space != "auto" and all(item.space.name != space for item in merged.values()):
+            raise ValueError(f"no weight can be merged in space {space!r}")
+
+    return candidates(aim.methods, aim.spaces, names, works)
+
+
+def open_study(out: Path, identity: Mapping[str, Any], values: int, overwrite: bool) -> Study:
+    """Return the study in a folder, new or to go on with.
+
+    Raises:
+        FileExistsError: it is one of something else.
+    """
+    optuna, backend = optuna_module(), importlib.import_module("optuna.storages.journal")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (JOURNAL, RESULT, PAGE, JOB) if overwrite else ():
+        (out / name).unlink(missing_ok=True)
+    fresh = not (out / JOURNAL).is_file()
+    storage = optuna.storages.JournalStorage(backend.JournalFileBackend(str(out / JOURNAL)))
+    study: Study = optuna.create_study(
+        storage=storage, study_name=FOLDER, directions=["maximize"] * values, load_if_exists=True
+    )
+    if fresh or "identity" not in study.user_attrs:
+        study.set_user_attr("identity", dict(identity))
+    before = study.user_attrs["identity"]
+    if changed := [key for key in identity if before.get(key) != json.loads(json.dumps(identity[key]))]:
+        raise FileExistsError(f"{out} holds a search with other {', '.join(changed)}: give --overwrite to start again")
+    return study

@@ -1,0 +1,125 @@
+"""The recipes that ship, and what an editor or a person needs to write another: checks and a JSON Schema."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, Literal
+
+from orthoft.errors import unknown
+from orthoft.recipes.load import load, overridden, read_yaml
+from orthoft.recipes.merge_job import MergeJob, load_job
+from orthoft.recipes.schema import Recipe, training_model
+
+Kind = Literal["recipe", "merge"]
+KINDS: dict[Kind, type[Recipe] | type[MergeJob]] = {"recipe": Recipe, "merge": MergeJob}
+TASKS = ("Classification", "CausalLM")
+
+
+def shipped() -> dict[str, str]:
+    """Return the recipes that come with orthoft, by name: what the first line of each says."""
+    said = {name: file.read_text(encoding="utf-8").partition("\n")[0] for name, file in _files().items()}
+    return {name: line.removeprefix("#").strip() for name, line in said.items()}
+
+
+def copy(name: str, to: str | Path | None = None) -> Path:
+    """Copy a recipe that ships to a file, or into a folder, and return the file; here under its own name unless given.
+
+    Raises:
+        ValueError: there is no recipe of this name.
+        FileExistsError: the file exists.
+        FileNotFoundError: the folder of the file does not.
+    """
+    files, name = _files(), name.removesuffix(".yaml")
+    if name not in files:
+        raise unknown("recipe", name, files)
+    out = Path("." if to is None else to).expanduser()
+    out = out / f"{name}.yaml" if out.is_dir() else out
+    _write(out, files[name].read_text(encoding="utf-8"))
+    return out
+
+
+def validate(config: str | Path, overrides: Sequence[str] = ()) -> Kind:
+    """Check the YAML file of a recipe or of a merge, told apart by its keys, and return which it is.
+
+    A recipe's words, its files, and the method of its merge or the merge's are checked; no model is opened.
+
+    Raises:
+        FileNotFoundError: the file, or one that it names, is not there.
+        ValueError: anything else, with one line per mistake.
+    """
+    raw = read_yaml(Path(config).expanduser())
+    for override in overrides:
+        raw = overridden(raw, override)
+    kind = kind_of(raw)
+    if kind == "recipe":
+        recipe = load(raw)
+        if recipe.merge is not None:
+            _wish(len(recipe.tasks), weights=recipe.merge.task_weights(len(recipe.tasks)), **recipe.merge.words())
+    else:
+        job = load_job(raw)
+        _wish(len(job.sources), **job.words())
+    return kind
+
+
+def kind_of(raw: Mapping[str, Any]) -> Kind:
+    """Return what a mapping is meant to be: a merge where it has more keys that only a merge has."""
+    of_recipe, of_merge = (_keys(model) for model in KINDS.values())
+    return "merge" if len(raw.keys() & of_merge - of_recipe) > len(raw.keys() & of_recipe - of_merge) else "recipe"
+
+
+def json_schema(kind: Kind = "recipe") -> dict[str, Any]:
+    """Return the JSON Schema of the YAML file of a recipe or a merge, for editors.
+
+    Of a task it only asks for its name, as ``defaults`` may hold all else.
+    """
+    schema: dict[str, Any] = KINDS[kind].model_json_schema()
+    if kind == "recipe":
+        training = training_model().model_json_schema()
+        definitions = schema["$defs"] | training.pop("$defs", {})
+        for name in (*TASKS, "Adapter", "Data", "LabelledData"):
+            definitions[name].pop("required", None)
+        for name in TASKS:
+            definitions[name]["properties"]["training"] = {"$ref": "#/$defs/TrainingArguments"}
+        task = {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in TASKS]}
+        schema["$defs"] = definitions | {"TrainingArguments": training}
+        schema["properties"]["tasks"] |= {"items": {**task, "required": ["name"]}}
+        schema["properties"]["defaults"] = {**task, "description": "Laid under every task, key by key."}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def write_schema(text: str, out: Path, overwrite: bool = False) -> None:
+    """Write a schema to a file, which may exist only if it is to be overwritten."""
+    if overwrite:
+        out.unlink(missing_ok=True)
+    _write(out, text)
+
+
+def _wish(tasks: int, **words: Any) -> None:
+    from orthoft.merging.wish import wish_for  # torch comes in here, after the words are known to be sound
+
+    try:
+        wish_for(tasks, **words)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"merge: {error}") from None
+
+
+def _keys(model: type[Recipe] | type[MergeJob]) -> set[str]:
+    return {field.alias or name for name, field in model.model_fields.items()}
+
+
+def _files() -> dict[str, Traversable]:
+    found = resources.files("orthoft.recipes").joinpath("configs").iterdir()
+    return {file.name.removesuffix(".yaml"): file for file in sorted(found, key=lambda file: file.name)}
+
+
+def _write(out: Path, text: str) -> None:
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"no folder {out.parent.absolute()} to write {out.name} to")
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise FileExistsError(f"file exists: {out}: choose another name, or remove it") from None

@@ -1,0 +1,62 @@
+"""The script of faults, in short: every fault leaves the same bytes; and a difference is seen where there is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+FAULTS = [
+    *(f"kill -9, {case}" for case in ("checkpoint", "opcm", "lora", "delta")),
+    *("source changed midway", "read-only output", "full disk", "limit on file sizes"),
+    *("locale tr_TR.UTF-8", "locale C, ASCII", "files of the year 1970", "files of the year 2100"),
+]
+
+
+@pytest.fixture(scope="module")
+def table() -> dict[str, list[str]]:
+    """The rows of the script by their faults: rounds, strikes, seconds, what came out."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPTS / "faults.py"), "--rounds", "5", "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    rows = {line[:22].rstrip(): line[22:].split(maxsplit=3) for line in done.stdout.splitlines()[1:]}
+    assert (done.returncode != 0) == any(row[3].startswith("WRONG") for row in rows.values()), done.stderr
+    return rows
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_leaves_the_same_bytes(fault: str, table: dict[str, list[str]]) -> None:
+    if table[fault][3].startswith("skipped"):
+        pytest.skip(table[fault][3])
+    assert table[fault][3] == "same"
+
+
+def test_the_faults_struck(table: dict[str, list[str]]) -> None:
+    assert list(table) == FAULTS
+    assert sum(int(table[fault][0]) for fault in FAULTS[:4]) == 5
+    assert sum(int(table[fault][1]) for fault in FAULTS[:4]) >= 1
+    for fault in FAULTS[4:]:
+        assert table[fault][1] == "1" or table[fault][3].startswith("skipped"), fault
+
+
+def test_a_difference_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from fault_world import compared, contents
+
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.json").write_text('{"seconds": 1, "peak_bytes": 2, "output": "o", "norm": 3, "merged": []}')
+    (out / "model.safetensors").write_bytes(b"abc")
+    want = contents(out)
+    assert compared(out, want) == []
+    (out / "report.json").write_text('{"seconds": 9, "peak_bytes": 9, "output": "p", "norm": 3, "merged": []}')
+    assert compared(out, want) == []
+    (out / "model.safetensors").write_bytes(b"abd")
+    (tmp_path / ".out.lock").write_text("")
+    assert compared(out, want) == ["model.safetensors differs", "left behind: .out.lock"]
+    assert compared(tmp_path / "nothing", want) == ["there is no nothing"]

@@ -1,0 +1,130 @@
+"""Train to merge as one line of a recipe: the run, its files, its resume, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from tiny import label_task, save_bert, write_rows
+
+from orthoft.recipes import RecipeError, load, run
+
+METHODS = [("osrm", "lora"), ("contrastive", "lora"), ("orthogonal", "lora"), ("principal", "psoft")]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_bert(folder / "bert")
+    for seed, name in enumerate("ab"):
+        label_task(folder / name, 2 * seed, seed=seed)
+    return folder
+
+
+def words(models: Path, out: Path, method: str = "contrastive", kind: str = "lora", r: int = 4) -> dict[str, Any]:
+    tasks = [
+        {"name": name, "data": {s: str(models / name / f"{s}.jsonl") for s in ("train", "tuning", "test")}}
+        for name in "ab"
+    ]
+    return {
+        "name": "apart",
+        "base": str(models / "bert"),
+        "output": str(out),
+        "defaults": {
+            "kind": "classification",
+            "max_length": 16,
+            "adapter": {"type": kind, "r": r, "target_modules": ["query", "intermediate.dense"]},
+            "training": {"max_steps": 3, "per_device_train_batch_size": 16, "learning_rate": 1e-2},
+        },
+        "tasks": tasks,
+        "train_to_merge": {"method": method, "rows": 20},
+        "merge": {"method": "task_arithmetic"},
+    }
+
+
+@pytest.mark.parametrize(("method", "kind"), METHODS)
+def test_each_way_is_a_line_of_a_recipe(method: str, kind: str, models: Path, tmp_path: Path) -> None:
+    results = run(words(models, tmp_path / "out", method, kind))
+    tensor = "lora_A.weight" if kind == "lora" else "orthoft_psoft_adapter.basis"
+    for name in "ab":
+        chosen = load_file(tmp_path / "out" / "subspaces" / f"{name}.safetensors")
+        saved = load_file(tmp_path / "out" / "experts" / name / "adapter_model.safetensors")
+        assert len(chosen) == 4
+        for weight, rows in chosen.items():
+            assert rows.equal(saved[f"base_model.model.{weight.removesuffix('.weight')}.{tensor}"])
+    assert results["times"]["subspaces"] > 0
+    assert "merge" in results["scores"]
+    if kind == "lora":
+        half = sum(part.numel() for key, part in saved.items() if "lora_B" in key)
+        assert results["experts"]["b"]["parameters"] == half
+
+
+def test_a_run_of_one_task_sees_the_inputs_of_all(models: Path, tmp_path: Path) -> None:
+    run(words(models, tmp_path / "one"), until="finetune", tasks=["a"])
+    assert not (tmp_path / "one" / "experts" / "b").exists()
+    run(words(models, tmp_path / "one"), until="finetune")
+    run(words(models, tmp_path / "all"), until="finetune")
+    for name in "ab":
+        first, second = (
+            load_file(tmp_path / out / "experts" / name / "adapter_model.safetensors") for out in ("one", "all")
+        )
+        assert all(first[key].equal(second[key]) for key in second)
+
+
+def test_other_data_of_another_task_train_again(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "b", tmp_path / "b")
+    recipe, lines = words(models, tmp_path / "out"), list[str]()
+    recipe["tasks"][1]["data"] = {s: str(tmp_path / "b" / f"{s}.jsonl") for s in ("train", "tuning", "test")}
+    run(recipe, until="finetune")
+    run(recipe, until="finetune", say=lines.append)
+    assert sum("reused" in line for line in lines) == 2
+    assert not any("choosing" in line for line in lines)
+    label_task(tmp_path / "b", 5, seed=9)
+    lines.clear()
+    run(recipe, until="finetune", say=lines.append)
+    assert not any("reused" in line for line in lines)
+    assert "choosing subspaces: contrastive" in lines
+
+
+def test_general_text_moves_the_subspaces(models: Path, tmp_path: Path) -> None:
+    text = write_rows(tmp_path / "text.jsonl", [{"text": f"w{i} w{i + 1} w7"} for i in range(8)])
+    plain, general = words(models, tmp_path / "plain"), words(models, tmp_path / "general")
+    general["train_to_merge"]["general"] = text
+    for recipe in (plain, general):
+        run(recipe, until="finetune", tasks=["a"])
+    first, second = (load_file(tmp_path / out / "subspaces" / "a.safetensors") for out in ("plain", "general"))
+    assert all(not first[name].allclose(second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("kind", "choice", "message"),
+    [
+        ("hra", {"method": "osrm"}, "train_to_merge needs adapters all of type lora or all psoft, got hra"),
+        ("psoft", {"method": "osrm"}, "train_to_merge: rotations need subspaces without overlap"),
+        ("lora", {"method": "osmr"}, "train_to_merge.method: expected 'osrm', 'contrastive', "),
+        ("lora", {"method": "contrastive", "ridge": 0.0}, "train_to_merge.ridge: "),
+        ("lora", {"method": "osrm", "row": 5}, "train_to_merge.row: unknown key, did you mean 'rows'?"),
+    ],
+)
+def test_what_a_recipe_may_not_say(
+    kind: str, choice: dict[str, Any], message: str, models: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError) as error:
+        load(words(models, tmp_path / "out", kind=kind) | {"train_to_merge": choice})
+    assert str(error.value).startswith(message)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_general_text_that_is_not_there(models: Path, tmp_path: Path) -> None:
+    recipe = words(models, tmp_path / "out")
+    recipe["train_to_merge"]["general"] = str(tmp_path / "text.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"train_to_merge\.general: no such file: "):
+        load(recipe)
+
+
+def test_ranks_that_do_not_fit_are_one_line(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="17 \\+ 17 orthogonal directions do not fit 32 inputs: choose smaller ranks"):
+        run(words(models, tmp_path / "out", "orthogonal", r=17))
