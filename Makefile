@@ -31,7 +31,7 @@ $(BIN)/.quantization: $(BIN)/.ready
 
 test: export OMP_NUM_THREADS = 1
 test: $(BIN)/.quantization
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(BIN)/.ready
 	$(BIN)/ruff check .

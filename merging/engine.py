@@ -118,7 +118,8 @@ def merge(
         **without_defaults({"as": output, "dtype": dtype, "rank": rank}),
     }
     identity = Identity(todo, output, options, target)
-    with open_ranks() as ranks, partial_folder(out, overwrite, resume, ranks) as partial, _told_if_full(writer, out):
+    ranks = open_ranks()
+    with partial_folder(out, overwrite, resume, ranks) as partial, _told_if_full(writer, out):
         run = Run(todo, writer, partial, ranks, identity, target, diagnostics)
         with _bar(run, method, progress and ranks.first) as tick:
             report.scale, report.merged = run.write(tick)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -61,22 +62,26 @@ class Ranks:
         self.each(work if self.first else lambda: None)
 
 
-@contextmanager
-def open_ranks() -> Iterator[Ranks]:
+def open_ranks() -> Ranks:
     """Join the processes that RANK and WORLD_SIZE speak of; without them, or without others, this process is all.
 
     A program that has set up torch.distributed itself decides by itself which of its processes merge: each merge is one
     process's then.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size < 2 or "RANK" not in os.environ or not dist.is_available() or dist.is_initialized():
-        yield Ranks()
-        return
+    if size < 2 or "RANK" not in os.environ or not dist.is_available():
+        return Ranks()
+    if dist.is_initialized() and not _joined.cache_info().currsize:
+        return Ranks()
+    return _joined()
+
+
+@cache
+def _joined() -> Ranks:
+    """Join once for all merges of this process: to meet again at the same port would race with taking leave."""
     dist.init_process_group("gloo", timeout=PATIENCE)
-    try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+    atexit.register(dist.destroy_process_group)
+    return Ranks(dist.get_rank(), dist.get_world_size())
 
 
 def pick_device(name: str) -> torch.device:
