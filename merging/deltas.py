@@ -46,11 +46,9 @@ def merged_delta(
     item = plan.merged[name]
     if diagnostics or _needs_weight(plan, name):
         weight = at_least_float32(weight)
-    deltas = [source.delta(name, weight) if name in source.ranks else _zero(weight) for source in plan.sources]
-    if item.inputs_first:
-        deltas, weight = [delta.transposed() for delta in deltas], weight.mT
+    tasks, weight = task_deltas(plan, name, weight)
     merged = merge_weight(
-        [moved(delta, device) for delta in deltas],
+        [moved(_zero(weight) if task is None else task, device) for task in tasks],
         item.choice,
         weight.to(device),
         weight_generator(plan.seed, name),
@@ -65,10 +63,17 @@ def merged_delta(
     entry = WeightReport(name, item.shape, item.space.name, delta.rank(), norms, merged.norm)
     entry.seconds = time.perf_counter() - start
     if diagnostics:
-        tasks = [task if name in source.ranks else None for source, task in zip(plan.sources, deltas, strict=True)]
         draw = weight_generator(plan.seed, f"{name}#diagnostics")  # its own: what a method draws is not touched
         entry.diagnostics = diagnose(tasks, item.choice.weights, delta, weight, draw, plan.base.dtype(name))
     return delta.transposed() if item.inputs_first else delta, entry
+
+
+def task_deltas(plan: MergePlan, name: str, weight: Tensor) -> tuple[list[Delta | None], Tensor]:
+    """Return each task's delta of a weight, None where it does not change it, and the weight: (outputs, inputs)."""
+    deltas = [source.delta(name, weight) if name in source.ranks else None for source in plan.sources]
+    if not plan.merged[name].inputs_first:
+        return deltas, weight
+    return [delta and delta.transposed() for delta in deltas], weight.mT
 
 
 def _statistics(plan: MergePlan, name: str, device: torch.device) -> list[Tensor | None] | None:

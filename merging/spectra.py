@@ -131,6 +131,14 @@ def joint_rank(tasks: Sequence[Tensor]) -> int:
     return min(numerical_rank(torch.cat(scaled, 1)), numerical_rank(torch.cat(scaled, 0)))
 
 
+def participants(tasks: Tensor, range: Range) -> tuple[list[Tensor], int]:
+    """Return the tasks that change the weight and their joint rank; all and min(p, q) in the published form."""
+    if range == "full":
+        return list(tasks), min(tasks.shape[1:])
+    changed = changing(tasks)
+    return changed, joint_rank(changed)
+
+
 def whitened_product(parts: Sequence[Triplets], range: Range = "numerical") -> Tensor:
     """Return ``polar([U_1 ... U_T]) diag(s_1 ... s_T) polar([V_1 ... V_T])^T`` (m, n) of at least one part."""
     U = polar(torch.cat([U for U, _, _ in parts], 1), range)  # (m, K)

@@ -95,8 +95,8 @@ class Wish:
         if not where.isometric and (self.post.isotropise or self.post.rescale == "weight"):
             raise ValueError(f"isotropise and rescale='weight' have no meaning in space {where.name!r}: leave them out")
         own = of_space if where is space else where.parameters.bind({})
-        if commutes and own.get("basis", "") is None:
-            own = {**own, "basis": "qr"}
+        if commutes:
+            own = {**own, **{name: value for name, value in where.commuting.items() if name not in self.params}}
         return Choice(self.method, params, where, own, self.weights, self.post)
 
     def refuse_space(self) -> None:

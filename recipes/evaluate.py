@@ -17,6 +17,11 @@ from orthoft.recipes.head import Head, all_features
 Scores = dict[str, float]
 
 
+def score(model: nn.Module, head: Head | None, batches: Iterable[dict[str, Tensor]]) -> Scores:
+    """Return a model's scores: of its language head, or of a classification head that is given."""
+    return causal_lm(model, batches) if head is None else classification(model, head, batches)
+
+
 def classification(encoder: nn.Module, head: Head, batches: Iterable[dict[str, Tensor]]) -> Scores:
     """Return accuracy and mean cross-entropy of a head on an encoder."""
     x, y = all_features(encoder, batches)

@@ -207,11 +207,7 @@ class Run:
         for ready in tasks:
             task, name = ready.task, ready.task.name
             rows = batches(ready.data.test, self.recipe.evaluate.batch_size, ready.pad, f"{row} on {name}")
-            if ready.head is not None:
-                scores = evaluate.classification(model, ready.head, rows)
-            else:
-                scores = evaluate.causal_lm(model, rows)
-            self.results["scores"].setdefault(row, {})[name] = scores
+            self.results["scores"].setdefault(row, {})[name] = evaluate.score(model, ready.head, rows)
             if isinstance(task, CausalLM) and task.prompt is not None and row in ("base", name, "merge"):
                 text = evaluate.sample(model, self.tokenizer, task.prompt, task.new_tokens)
                 self.results["samples"].setdefault(name, {})[row] = text

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from torch import nn
 
 from orthoft.delta import Delta
 from orthoft.merging.files.hub import find_folder
 from orthoft.recipes import evaluate
-from orthoft.recipes.data import Example, batches
+from orthoft.recipes.data import batches
 from orthoft.recipes.finetune import Ready
 from orthoft.recipes.load import load
 from orthoft.recipes.prepare import check, quiet
@@ -170,8 +169,13 @@ class Search:
         self, deltas: Mapping[str, Delta], tasks: Sequence[Ready], rows: int | None, split: Split
     ) -> dict[str, dict[str, float]]:
         size = self.recipe.evaluate.batch_size
+        found = {}
         with self.live.changed(deltas) as model:
-            return {ready.task.name: score(model, ready, getattr(ready.data, split)[:rows], size) for ready in tasks}
+            for ready in tasks:
+                examples = getattr(ready.data, split)[:rows]
+                rows_of = batches(examples, size, ready.pad, ready.task.name)
+                found[ready.task.name] = evaluate.score(model, ready.head, rows_of)
+        return found
 
     def _merged(self, words: Mapping[str, Any]) -> dict[str, Delta]:
         flat = {key: one for key, one in words.items() if key != "params"}
@@ -275,9 +279,3 @@ def own_words(wanted: Merge, tasks: int) -> dict[str, Any]:
     """Return the recipe's own merge in the words of a trial."""
     words = wanted.model_dump(exclude_unset=True) | {"weights": wanted.task_weights(tasks)}
     return {key: one for key, one in words.items() if one is not None}
-
-
-def score(model: nn.Module, ready: Ready, examples: Sequence[Example], size: int) -> dict[str, float]:
-    """Return a model's scores on some examples of a task."""
-    rows = batches(examples, size, ready.pad, ready.task.name)
-    return evaluate.causal_lm(model, rows) if ready.head is None else evaluate.classification(model, ready.head, rows)

@@ -34,12 +34,9 @@ class TensorFolder(Mapping[str, Tensor]):
     def __init__(self, folder: Path, stem: str = "model") -> None:
         self.folder = folder
         index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-        if index.is_file():
-            shard_of = _read_index(index)
-        elif single.is_file():
-            shard_of = dict.fromkeys(read_header(single), single.name)
-        else:
+        if not index.is_file() and not single.is_file():
             raise FileNotFoundError(f"no {single.name} and no {index.name} in {folder}{_other_weights(folder)}")
+        shard_of = _read_index(index) if index.is_file() else {}
         shards = list(dict.fromkeys(shard_of.values())) or [single.name] * single.is_file()
         headers = {shard: read_header(folder / shard) for shard in shards}
         for name, shard in shard_of.items():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from orthoft.merging.methods.registry import method, weighted
-from orthoft.merging.spectra import RANGE, Range, Triplets, changing, joint_rank, largest_norm, svd, whitened_product
+from orthoft.merging.spectra import RANGE, Range, Triplets, largest_norm, participants, svd, whitened_product
 
 
 @method(
@@ -30,10 +30,9 @@ def iso_cts(x: Tensor, weights: Tensor, *, common_fraction: float = 0.8, range: 
     tasks = weighted(x, weights)
     if x.shape[1] == 1:
         return tasks.mean(0)
-    changed = list(tasks) if range == "full" else changing(tasks)
+    changed, rank = participants(tasks, range)
     if not changed:
         return tasks[0]
-    rank = min(x.shape[1:]) if range == "full" else joint_rank(changed)
     k = round((rank - int(common_fraction * rank)) / len(changed))
     common = svd(tasks.sum(0), range, max(0, rank - len(changed) * k), RANGE * largest_norm(tasks))
     parts = [*(specific(task, common[0], k, range) for task in changed), common]

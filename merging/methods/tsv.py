@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from orthoft.merging.methods.registry import method, weighted
-from orthoft.merging.spectra import Range, changing, joint_rank, svd, whitened_product
+from orthoft.merging.spectra import Range, participants, svd, whitened_product
 
 
 @method("tsv", commutes=lambda params: params["range"] == "numerical", entries=lambda params: params["range"] == "full")
@@ -22,9 +22,8 @@ def tsv(x: Tensor, weights: Tensor, *, range: Range = "numerical") -> Tensor:
     tasks = weighted(x, weights)
     if x.shape[1] == 1:
         return tasks.mean(0)
-    changed = list(tasks) if range == "full" else changing(tasks)
+    changed, rank = participants(tasks, range)
     if not changed:
         return tasks[0]
-    rank = min(x.shape[1:]) if range == "full" else joint_rank(changed)
     k = max(1, rank // len(changed))
     return whitened_product([svd(task, range, k) for task in changed], range)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import yaml
@@ -13,6 +14,7 @@ from orthoft.merging.methods import get_method
 from orthoft.merging.plan import PathLike, Sources, named_sources
 from orthoft.merging.reports.report import MergeReport
 from orthoft.merging.spaces import SPACES
+from orthoft.merging.wish import wish_for
 
 ARXIV = re.compile(r"\b\d{4}\.\d{4,5}\b")
 LOAD = {
@@ -28,18 +30,6 @@ LOAD = {
     "delta": 'from orthoft.merging import merge\n\nmerge("{base}", ["this-folder"], "merged", method="mean")',
 }
 CARD = "README.md"
-DEFAULTS: dict[str, Any] = {
-    "space": "auto",
-    "isotropise": False,
-    "rescale": "none",
-    "scale": 1.0,
-    "include": [],
-    "exclude": [],
-    "overrides": {},
-    "params": {},
-    "seed": 0,
-    "as": "checkpoint",
-}
 LIBRARY = {"checkpoint": "transformers", "lora": "peft", "rotation": "peft", "delta": "orthoft"}
 
 
@@ -102,8 +92,11 @@ def sources_config(
 
 
 def without_defaults(words: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the words of a merge that are neither None nor its defaults."""
-    return {key: value for key, value in words.items() if value is not None and value != DEFAULTS.get(key)}
+    """Return the words of a merge that are not the defaults of `orthoft.merging.wish.wish_for`, empty or None."""
+    defaults = {name: parameter.default for name, parameter in signature(wish_for).parameters.items()}
+    return {
+        key: value for key, value in words.items() if value not in (None, (), [], {}) and value != defaults.get(key)
+    }
 
 
 def papers(function: Any) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from orthoft.linalg import at_least_float32
+from orthoft.merging.deltas import task_deltas
 from orthoft.merging.files.tensors import as_matrix, matrix_shape
 from orthoft.merging.plan import MergePlan, PathLike, Sources, plan
 from orthoft.merging.reports.advice import Advice, advise, findings
@@ -17,7 +18,6 @@ from orthoft.merging.reports.measures import rotation_blocks
 from orthoft.merging.reports.page import MATRIX_WORDS, Page, Table, sections
 from orthoft.merging.reports.pictures import NOTHING, number
 from orthoft.merging.reports.report import shown, write_report
-from orthoft.merging.sources.names import inputs_first
 from orthoft.merging.weightwise import weight_generator
 
 HEADERS = (
@@ -120,10 +120,7 @@ def inspect_sources(base: PathLike, sources: Sources, *, seed: int = 0, progress
     turning = True
     dense: dict[str, None] = {}
     for name, item in tqdm(todo.merged.items(), desc="inspect", unit="weight", disable=not progress):
-        weight = as_matrix(at_least_float32(todo.base[name]))
-        deltas = [source.delta(name, weight) if name in source.ranks else None for source in todo.sources]
-        if inputs_first(todo.base, name):
-            weight, deltas = weight.mT, [delta and delta.transposed() for delta in deltas]
+        deltas, weight = task_deltas(todo, name, as_matrix(at_least_float32(todo.base[name])))
         told = diagnose(deltas, [1.0] * len(deltas), None, weight, weight_generator(seed, name))
         measured.append((matrix_shape(weight.shape), told))
         weights.append(InspectedWeight(name, item.shape, told))

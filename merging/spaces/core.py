@@ -15,9 +15,9 @@ Basis = Literal["svd", "qr"]
 RESOLVED = 1e-8  # the share of the largest eigenvalue above which a float64 Gram matrix knows the smallest
 
 
-@space("core", needs_factors=True, keeps_factors=True)
+@space("core", needs_factors=True, keeps_factors=True, commuting={"basis": "qr"})
 def core(
-    deltas: Sequence[Delta], base: Tensor | None, weights: Tensor, *, basis: Basis | None = None
+    deltas: Sequence[Delta], base: Tensor | None, weights: Tensor, *, basis: Basis = "svd"
 ) -> tuple[Tensor, Decode]:
     """``U^T D_t V`` in the bases of the stacked factors, exact, at cost O((m + n) R^2), R the sum of the ranks.
 
@@ -27,7 +27,7 @@ def core(
     difference.
     """
     factors = [f for delta in deltas if (f := delta.factors()) is not None]
-    dtype, basis = factors[0][0].dtype, basis or "svd"
+    dtype = factors[0][0].dtype
     U, left = _bases([B for B, _ in factors], basis)  # (m, p), U^T B_t (p, r_t)
     V, right = _bases([A.mT for _, A in factors], basis)  # (n, q), V^T A_t^T (q, r_t)
     x = torch.stack([l @ r.mT for l, r in zip(left, right, strict=True)])  # (T, p, q)

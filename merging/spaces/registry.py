@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +27,7 @@ class Space:
         needs_factors: every delta has to have factors.
         keeps_factors: if all deltas have factors, the result has, of at most the sum of their ranks.
         isometric: Frobenius norms and inner products of the coordinates are those of the deltas.
+        commuting: parameters that hold, unless the user gives them, for methods that commute: these see no difference.
     """
 
     name: str
@@ -34,19 +36,25 @@ class Space:
     needs_factors: bool
     keeps_factors: bool
     isometric: bool
+    commuting: Mapping[str, Any]
 
 
 SPACES: dict[str, Space] = {}
 
 
 def space(
-    name: str, *, needs_factors: bool = False, keeps_factors: bool = False, isometric: bool = True
+    name: str,
+    *,
+    needs_factors: bool = False,
+    keeps_factors: bool = False,
+    isometric: bool = True,
+    commuting: Mapping[str, Any] | None = None,
 ) -> Callable[[Encode], Encode]:
     """Register an encoder as the space of this name; see `Space`."""
 
     def register(encode: Encode) -> Encode:
         parameters = Parameters(f"space {name!r}", encode)
-        SPACES[name] = Space(name, encode, parameters, needs_factors, keeps_factors, isometric)
+        SPACES[name] = Space(name, encode, parameters, needs_factors, keeps_factors, isometric, commuting or {})
         return encode
 
     return register
