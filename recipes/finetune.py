@@ -1,16 +1,12 @@
-"""One task's expert: base, adapter, transformers' Trainer, and a folder with what was learnt."""
+"""One task's training: base, adapter, transformers' Trainer."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,65 +15,14 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 
-from orthoft.adapters import ADAPTERS
-from orthoft.errors import unknown
-from orthoft.recipes.data import TaskData, collate
-from orthoft.recipes.head import Classifier, Head
+from orthoft.recipes.expert import Ready, save
 from orthoft.recipes.initialise import initialise
-from orthoft.recipes.schema import Adapter, Recipe, Task
+from orthoft.recipes.models import adapter_config, load_model
+from orthoft.recipes.schema import Recipe
+from orthoft.recipes.task_schema import Task
 from orthoft.trainer import OrthoTrainer
-
-FINISHED = "expert.json"
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A task whose data are tokens and, for classification, whose head is fitted; ``mark`` is its fingerprint."""
-
-    task: Task
-    data: TaskData
-    head: Head | None
-    pad: int
-    mark: str
-
-
-def adapter_types() -> dict[str, type[Any]]:
-    """Return config classes by name: ours, and PEFT's own as ``peft.NAME``, or as ``NAME`` where we have none."""
-    theirs: dict[str, type[Any]] = {
-        kind.value.lower(): config
-        for kind, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()
-        if not kind.value.startswith("ORTHOFT_")
-    }
-    return {**theirs, **ADAPTERS, **{f"peft.{name}": config for name, config in theirs.items()}}
-
-
-def adapter_config(adapter: Adapter, kind: str) -> peft.PeftConfig:
-    """Return the PEFT config of a recipe's adapter.
-
-    Raises:
-        ValueError: an unknown type or field (the nearest is named), or a value that the config refuses.
-        TypeError: a value of a wrong type.
-    """
-    types = adapter_types()
-    if adapter.type not in types:
-        raise unknown("adapter type", adapter.type, [name for name in types if not name.startswith("peft.")])
-    config = types[adapter.type]
-    known = [f.name for f in fields(config) if f.init and f.name not in ("peft_type", "auto_mapping", "peft_version")]
-    for name in adapter.fields:
-        if name not in known:
-            raise unknown(f"field of adapter {adapter.type!r}", name, known)
-    task_type = {"task_type": "CAUSAL_LM"} if kind == "causal-lm" else {}
-    return config(**task_type | adapter.fields)
 
 
 def training_arguments(recipe: Recipe, task: Task, folder: Path) -> TrainingArguments:
@@ -95,16 +40,6 @@ def training_arguments(recipe: Recipe, task: Task, folder: Path) -> TrainingArgu
         "label_names": ["labels"],
     }
     return TrainingArguments(output_dir=str(folder), **defaults | task.training)
-
-
-def auto_class(kind: str) -> Any:
-    """Return the transformers class that loads the base of this kind of task."""
-    return AutoModelForCausalLM if kind == "causal-lm" else AutoModel
-
-
-def load_model(kind: str, folder: str | Path, dtype: str | None) -> Any:
-    """Return the plain transformers model of a folder, on this process's device."""
-    return auto_class(kind).from_pretrained(str(folder), dtype=dtype or "auto").to(PartialState().device)
 
 
 class Bar(TrainerCallback):
@@ -128,33 +63,6 @@ class Bar(TrainerCallback):
         self.bar.close()
 
 
-def fingerprint(recipe: Recipe, task: Task, base: Path) -> str:
-    """Return a hash of all that an expert depends on: the task's words, its files' contents, base, dtype and seed."""
-    weights = sorted((f.name, f.stat().st_size) for f in base.glob("*.safetensors"))
-    words: list[Any] = [task.model_dump(mode="json"), _digests(task), recipe.base, weights, recipe.dtype, recipe.seed]
-    if (chosen := recipe.train_to_merge) is not None:  # from the data of all tasks
-        general = [] if chosen.general is None else [_digest(chosen.general)]
-        others = [[other.model_dump(mode="json"), _digests(other)] for other in recipe.tasks]
-        words += [chosen.model_dump(mode="json"), general, others]
-    return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
-
-
-def _digests(task: Task) -> list[str]:
-    files = [task.data.train, task.data.tuning, task.data.test] if task.data.dataset is None else []
-    return [_digest(file) for file in files if file]
-
-
-def _digest(file: str) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-
-
-def finished(folder: Path, mark: str) -> dict[str, Any] | None:
-    """Return what is known of the expert in ``folder`` if it is complete and has this fingerprint, else None."""
-    file = folder / FINISHED
-    told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return told if told.get("fingerprint") == mark else None
-
-
 def train(
     recipe: Recipe, ready: Ready, base: Path, folder: Path, rows: Mapping[str, Tensor] | None = None
 ) -> dict[str, Any]:
@@ -170,12 +78,12 @@ def train(
     model = peft.get_peft_model(load_model(task.kind, base, recipe.dtype), adapter_config(task.adapter, task.kind))
     if rows is not None:
         initialise(model, rows)
-    trained = model if ready.head is None else Classifier(model, ready.head)
+    trained = ready.kind.trained(model, ready.head)
     trainer = OrthoTrainer(
         model=trained,
         args=training_arguments(recipe, task, folder.with_name(f".{folder.name}.trainer")),
         train_dataset=ready.data.train,
-        data_collator=partial(collate, pad=ready.pad),
+        data_collator=ready.kind.collate,
         callbacks=[Bar(task.name)],
     )
     for noisy in (PrinterCallback, ProgressCallback):
@@ -199,13 +107,3 @@ def train(
         save(model, folder, told)
     PartialState().wait_for_everyone()
     return told
-
-
-def save(model: peft.PeftModel, folder: Path, told: dict[str, Any]) -> None:
-    """Write the adapter as PEFT does and ``expert.json`` beside it; the folder appears when it is complete."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(str(partial))
-    (partial / FINISHED).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)

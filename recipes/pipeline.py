@@ -18,19 +18,22 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from orthoft.errors import unknown
 from orthoft.merging import MergeReport, merge
 from orthoft.merging.files.hub import find_folder
-from orthoft.recipes import evaluate
-from orthoft.recipes.data import SPLITS, batches, task_data
-from orthoft.recipes.finetune import Ready, fingerprint, finished, load_model, train
-from orthoft.recipes.head import Head, all_features, fit_probe
+from orthoft.recipes.data import SPLITS
+from orthoft.recipes.expert import Ready, fingerprint, finished
+from orthoft.recipes.export_check import export_check
+from orthoft.recipes.finetune import train
+from orthoft.recipes.head import Head
+from orthoft.recipes.kinds import KINDS, kind_of
+from orthoft.recipes.models import load_model
 from orthoft.recipes.prepare import RESULTS, check, open_output, quiet
 from orthoft.recipes.rehearse import rehearse
-from orthoft.recipes.schema import CausalLM, Classification, Recipe, Task
+from orthoft.recipes.schema import Recipe
 from orthoft.recipes.table import MERGED, gains, table
+from orthoft.recipes.task_schema import Task
 from orthoft.recipes.train_to_merge import save_subspaces
 
 Say = Callable[[str], None]
@@ -74,7 +77,6 @@ class Run:
 
     def __init__(self, recipe: Recipe, base: Path, out: Path, say: Say) -> None:
         self.recipe, self.base, self.out, self.say = recipe, base, out, say
-        self.tokenizer = AutoTokenizer.from_pretrained(str(base))
         self.kind = recipe.tasks[0].kind
         self.ready: list[Ready] = []
         self.results: dict[str, Any] = {
@@ -96,21 +98,19 @@ class Run:
         spent[stage] = round(spent.get(stage, 0.0) + time.perf_counter() - start, 2)
 
     def read(self, tasks: Sequence[Task]) -> None:
-        """Turn every task's data into tokens, so that a mistake there costs nothing."""
-        pad = self.tokenizer.pad_token_id
+        """Turn every task's rows into examples, so that a mistake there costs nothing."""
         with self.timed("data"):
             for task in tasks:
-                data = task_data(task, self.tokenizer, self.recipe.seed)
-                mark = fingerprint(self.recipe, task, self.base)
-                self.ready.append(Ready(task, data, None, 0 if pad is None else pad, mark))
+                kind, mark = kind_of(task, self.base), fingerprint(self.recipe, task, self.base)
+                self.ready.append(Ready(kind, kind.data(self.recipe.seed), None, mark))
 
     def finetune(self) -> None:
         """Train one expert after the other, or take up a finished one."""
         self.choose_subspaces()
         for i, ready in enumerate(self.ready):
             task, data, folder = ready.task, ready.data, self.expert(ready.task.name)
-            unit = f"{len(data.classes)} classes" if data.classes else f"blocks of {len(data.train[0]['input_ids'])}"
-            self.say(f"{task.name}: {', '.join(f'{len(getattr(data, s))} {s}' for s in SPLITS)}, {unit}")
+            sizes = ", ".join(f"{len(getattr(data, split))} {split}" for split in SPLITS)
+            self.say(f"{task.name}: {sizes}, {ready.kind.about(data)}")
             known = finished(folder, ready.mark)
             ready = self.ready[i] = self._with_head(ready, fit=known is None) if data.classes else ready
             if known is None:
@@ -130,7 +130,7 @@ class Run:
         if to_train and PartialState().is_main_process:
             self.say(f"choosing subspaces: {self.recipe.train_to_merge.method}")
             with self.timed("subspaces"):
-                save_subspaces(self.recipe, self.base, self.tokenizer, self.out / "subspaces")
+                save_subspaces(self.recipe, self.base, self.out / "subspaces")
         PartialState().wait_for_everyone()
 
     def rows(self, name: str) -> dict[str, Tensor] | None:
@@ -142,19 +142,10 @@ class Run:
 
     def _with_head(self, ready: Ready, fit: bool) -> Ready:
         """Fit the probe in the main process, and let every process read it from disk."""
-        state, task = PartialState(), ready.task
-        assert isinstance(task, Classification)
-        file = self.out / "heads" / f"{task.name}.safetensors"
+        state, file = PartialState(), self.out / "heads" / f"{ready.task.name}.safetensors"
         if state.is_main_process and (fit or not file.is_file()):
             with self.timed("probe"):
-                encoder = load_model(self.kind, self.base, self.recipe.dtype)
-                found = [
-                    all_features(
-                        encoder, batches(rows, self.recipe.evaluate.batch_size, ready.pad, f"{task.name} probe")
-                    )
-                    for rows in (ready.data.train, ready.data.tuning)
-                ]
-                fit_probe(found[0], found[1], ready.data.classes, task.max_length).save(file)
+                ready.kind.fit(self.load_base(), ready.data, self.recipe.evaluate.batch_size).save(file)
         state.wait_for_everyone()
         return replace(ready, head=Head.load(file))
 
@@ -176,7 +167,7 @@ class Run:
             self.say(f"  {note}")
         with self.timed("evaluate"):
             norms = {weight.name: weight.norm for weight in merged.merged}
-            self.results["export_check"] = evaluate.export_check(self.base, self.out / "merged", norms)
+            self.results["export_check"] = export_check(self.base, self.out / "merged", norms)
             self.score("merge", load_model(self.kind, self.out / "merged", self.recipe.dtype), self.ready)
         if export.lora is not None:
             self._merged("merge-lora", self.out / "merged-lora", output="lora", rank=export.lora.rank)
@@ -205,11 +196,10 @@ class Run:
     def score(self, row: str, model: nn.Module, tasks: Sequence[Ready]) -> None:
         """Evaluate a model on the test splits of tasks."""
         for ready in tasks:
-            task, name = ready.task, ready.task.name
-            rows = batches(ready.data.test, self.recipe.evaluate.batch_size, ready.pad, f"{row} on {name}")
-            self.results["scores"].setdefault(row, {})[name] = evaluate.score(model, ready.head, rows)
-            if isinstance(task, CausalLM) and task.prompt is not None and row in ("base", name, "merge"):
-                text = evaluate.sample(model, self.tokenizer, task.prompt, task.new_tokens)
+            name, size = ready.task.name, self.recipe.evaluate.batch_size
+            scores = ready.kind.score(model, ready.head, ready.data.test, size, f"{row} on {name}")
+            self.results["scores"].setdefault(row, {})[name] = scores
+            if row in ("base", name, "merge") and (text := ready.kind.sample(model)) is not None:
                 self.results["samples"].setdefault(name, {})[row] = text
 
     def load_base(self) -> Any:
@@ -228,7 +218,7 @@ class Run:
         partial.rename(self.out / RESULTS)
         self.say("\n" + table(scores, names, self.kind))
         for name, by_row in self.results["samples"].items():
-            prompt = next(task.prompt for task in self.recipe.tasks if task.name == name and isinstance(task, CausalLM))
+            prompt = next(ready.kind.prompt for ready in self.ready if ready.task.name == name)
             self.say(f"\n{name}: {prompt!r} goes on")
             for row, continuation in by_row.items():
                 self.say(f"  {row}: {' '.join(continuation.split())}")
@@ -241,7 +231,7 @@ class Run:
 
 def how_to_load(kind: str, folder: Path) -> str:
     """Return the words that end a run: where the merged model is, and the Python that loads it."""
-    auto = "AutoModelForCausalLM" if kind == "causal-lm" else "AutoModel"
+    auto = KINDS[kind].auto
     return (
         f"merged model: {folder}\n\n"
         f"    from transformers import {auto}, AutoTokenizer\n"

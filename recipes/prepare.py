@@ -15,8 +15,9 @@ import yaml
 
 from orthoft.merging import READERS
 from orthoft.merging.wish import Wish, wish_for
-from orthoft.recipes.finetune import adapter_config, training_arguments
+from orthoft.recipes.finetune import training_arguments
 from orthoft.recipes.load import RecipeError
+from orthoft.recipes.models import adapter_config
 from orthoft.recipes.schema import Merge, Recipe
 
 RESULTS, RECIPE = "results.json", "recipe.yaml"

@@ -12,10 +12,11 @@ import torch
 from transformers import AutoConfig
 
 from orthoft.merging.formats.ours import get_reader
-from orthoft.recipes.finetune import adapter_config, auto_class
 from orthoft.recipes.load import RecipeError
+from orthoft.recipes.models import adapter_config, auto_class
 from orthoft.recipes.prepare import wished
-from orthoft.recipes.schema import Export, Merge, Recipe, Task
+from orthoft.recipes.schema import Export, Merge, Recipe
+from orthoft.recipes.task_schema import Task
 
 Ranks = Mapping[str, int | None]  # of a task's factors, by the adapted matrix; None for a matrix without factors
 

@@ -20,12 +20,10 @@ from accelerate import PartialState
 
 from orthoft.delta import Delta
 from orthoft.merging.files.hub import find_folder
-from orthoft.recipes import evaluate
-from orthoft.recipes.data import batches
-from orthoft.recipes.finetune import Ready
+from orthoft.recipes.expert import Ready
 from orthoft.recipes.load import load
 from orthoft.recipes.prepare import check, quiet
-from orthoft.recipes.schema import Merge, Recipe, Split
+from orthoft.recipes.schema import Merge, Recipe
 from orthoft.recipes.search_report import (
     BASE,
     JOB,
@@ -42,6 +40,7 @@ from orthoft.recipes.search_report import (
 )
 from orthoft.recipes.search_setup import FOLDER, Aim, open_live, open_study, optuna_module, read_experts, tried_here
 from orthoft.recipes.search_space import start, suggest, tidy
+from orthoft.recipes.task_schema import Split
 
 TRIAL = "trial"  # what Optuna keeps of one beside its draws
 TRIALS = 50  # without another budget
@@ -172,9 +171,8 @@ class Search:
         found = {}
         with self.live.changed(deltas) as model:
             for ready in tasks:
-                examples = getattr(ready.data, split)[:rows]
-                rows_of = batches(examples, size, ready.pad, ready.task.name)
-                found[ready.task.name] = evaluate.score(model, ready.head, rows_of)
+                examples, name = getattr(ready.data, split)[:rows], ready.task.name
+                found[name] = ready.kind.score(model, ready.head, examples, size, name)
         return found
 
     def _merged(self, words: Mapping[str, Any]) -> dict[str, Delta]:

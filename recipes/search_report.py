@@ -15,8 +15,8 @@ import yaml
 
 from orthoft.merging.reports.page import Page, Section, Table
 from orthoft.merging.reports.pictures import COLOURS, NOTHING, legend, number
-from orthoft.recipes.schema import TaskKind
 from orthoft.recipes.table import METRIC, Scores, aligned, gains
+from orthoft.recipes.task_schema import TaskKind
 
 Objective = Literal["gain", "score", "loss"]
 BASE, MERGE = "base", "merge"

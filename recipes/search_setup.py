@@ -13,9 +13,10 @@ import torch
 
 from orthoft.delta import Delta, Rotated, SubspaceRotated
 from orthoft.merging import SPACES, plan
-from orthoft.recipes.finetune import Ready, fingerprint, finished, load_model
+from orthoft.recipes.expert import Ready, fingerprint, finished
 from orthoft.recipes.head import Head
 from orthoft.recipes.live_merge import LiveMerge, held_bytes
+from orthoft.recipes.models import load_model
 from orthoft.recipes.pipeline import Run
 from orthoft.recipes.schema import Recipe
 from orthoft.recipes.search_report import JOB, PAGE, RESULT, Objective

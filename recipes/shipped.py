@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from orthoft.errors import unknown
 from orthoft.recipes.load import load, overridden, read_yaml
 from orthoft.recipes.merge_job import MergeJob, load_job
-from orthoft.recipes.schema import Recipe, training_model
+from orthoft.recipes.schema import Recipe
+from orthoft.recipes.task_schema import Task, TaskBase, training_model
 
 Kind = Literal["recipe", "merge"]
 KINDS: dict[Kind, type[Recipe] | type[MergeJob]] = {"recipe": Recipe, "merge": MergeJob}
-TASKS = ("Classification", "CausalLM")
+TASKS: tuple[type[TaskBase], ...] = get_args(Task)
 
 
 def shipped() -> dict[str, str]:
@@ -79,11 +80,12 @@ def json_schema(kind: Kind = "recipe") -> dict[str, Any]:
     if kind == "recipe":
         training = training_model().model_json_schema()
         definitions = schema["$defs"] | training.pop("$defs", {})
-        for name in (*TASKS, "Adapter", "Data", "LabelledData"):
+        names, of_data = [task.__name__ for task in TASKS], [task.model_fields["data"].annotation for task in TASKS]
+        for name in {*names, "Adapter", *(getattr(data, "__name__", "") for data in of_data)}:
             definitions[name].pop("required", None)
-        for name in TASKS:
+        for name in names:
             definitions[name]["properties"]["training"] = {"$ref": "#/$defs/TrainingArguments"}
-        task = {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in TASKS]}
+        task = {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in names]}
         schema["$defs"] = definitions | {"TrainingArguments": training}
         schema["properties"]["tasks"] |= {"items": {**task, "required": ["name"]}}
         schema["properties"]["defaults"] = {**task, "description": "Laid under every task, key by key."}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from orthoft.recipes.schema import TaskKind
+from orthoft.recipes.task_schema import TaskKind
+from orthoft.recipes.text_table import Table, aligned
 
 Scores = Mapping[str, Mapping[str, Mapping[str, float]]]  # row: task: metric: value
 MERGED = ("merge", "merge-lora")
@@ -30,7 +32,7 @@ def gains(scores: Scores, tasks: Sequence[str], kind: TaskKind, row: str = "merg
     return by_task | {"mean": sum(known) / len(known) if known else None}
 
 
-def table(scores: Scores, tasks: Sequence[str], kind: TaskKind) -> str:
+def table(scores: Scores, tasks: Sequence[str], kind: TaskKind) -> Table:
     """Return the table as text; ``-`` where a model was not evaluated on a task, or an expert has no gain to keep."""
     metric, _ = METRIC[kind]
     title, scale, digits = ("accuracy %", 100.0, 1) if kind == "classification" else ("loss", 1.0, 3)
@@ -47,11 +49,7 @@ def table(scores: Scores, tasks: Sequence[str], kind: TaskKind) -> str:
     return aligned(rows)
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as text: the first column to the left, the others to the right, a rule under the first row."""
-    widths = [max(len(cell) for cell in cells) for cells in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+def results_table(results: Mapping[str, Any]) -> Table:
+    """Return the table of a run by its ``results.json``."""
+    tasks = results["recipe"]["tasks"]
+    return table(results["scores"], [task["name"] for task in tasks], tasks[0]["kind"])

@@ -9,14 +9,15 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from orthoft.recipes.data import Example, batches, read_file, require, task_data
-from orthoft.recipes.finetune import load_model
+from orthoft.recipes.data import read_file, require
 from orthoft.recipes.initialise import NEEDS_INPUTS, choose, covariances, weights_of
+from orthoft.recipes.kinds import Example, Kind, kind_of
+from orthoft.recipes.models import load_model
 from orthoft.recipes.rehearse import adapter_ranks
-from orthoft.recipes.schema import Classification, Recipe
+from orthoft.recipes.schema import Recipe
 
 
-def save_subspaces(recipe: Recipe, base: Path, tokenizer: Any, folder: Path) -> None:
+def save_subspaces(recipe: Recipe, base: Path, folder: Path) -> None:
     """Write ``NAME.safetensors`` for each task: by the base's names of the weights, the rows that its adapter reads.
 
     Raises:
@@ -28,16 +29,16 @@ def save_subspaces(recipe: Recipe, base: Path, tokenizer: Any, folder: Path) -> 
     ranks = [{f"{module}.weight": r for module, r in own.items() if r is not None} for own in found]
     names = list(dict.fromkeys(name for own in ranks for name in own))
     model = load_model(recipe.tasks[0].kind, base, recipe.dtype)
-    pad = tokenizer.pad_token_id or 0
+    kinds = [kind_of(task, base) for task in recipe.tasks]
 
-    def seen(examples: Sequence[Example], what: str) -> dict[str, Tensor]:
-        return covariances(model, batches(examples, recipe.evaluate.batch_size, pad, f"{what} inputs"), names)
+    def seen(kind: Kind[Any], examples: Sequence[Example], what: str) -> dict[str, Tensor]:
+        return covariances(model, kind.batches(examples, recipe.evaluate.batch_size, f"{what} inputs"), names)
 
     inputs, general = [], None
     if wanted.method in NEEDS_INPUTS:
-        splits = [(task.name, task_data(task, tokenizer, recipe.seed).train) for task in recipe.tasks]
-        inputs = [seen(train[: wanted.rows], name) for name, train in splits]
-        general = None if wanted.general is None else seen(_texts(recipe, tokenizer, wanted.general), "general")
+        inputs = [seen(kind, kind.data(recipe.seed).train[: wanted.rows], kind.task.name) for kind in kinds]
+        if wanted.general is not None:
+            general = seen(kinds[0], kinds[0].texts(_texts(wanted.general, wanted.rows)), "general")
     chosen = choose(
         wanted.method,
         ranks,
@@ -53,11 +54,8 @@ def save_subspaces(recipe: Recipe, base: Path, tokenizer: Any, folder: Path) -> 
         save_file(rows, folder / f"{task.name}.safetensors", {"method": wanted.method})
 
 
-def _texts(recipe: Recipe, tokenizer: Any, file: str) -> list[Example]:
-    """Return token ids of general texts, as long as those of the tasks."""
-    assert recipe.train_to_merge is not None
-    rows = read_file(Path(file))[: recipe.train_to_merge.rows]
-    require(rows, ["text"], "train_to_merge.general")
-    longest = max(t.max_length if isinstance(t, Classification) else t.block_size for t in recipe.tasks)
-    ids = tokenizer([str(row["text"]) for row in rows], truncation=True, max_length=longest)["input_ids"]
-    return [{"input_ids": each} for each in ids if each]
+def _texts(file: str, rows: int) -> list[str]:
+    """Return the first texts of a file."""
+    found = read_file(Path(file))[:rows]
+    require(found, ["text"], "train_to_merge.general")
+    return [text for row in found if (text := str(row["text"]))]

@@ -12,8 +12,8 @@ import yaml
 import orthoft.cli.recipes  # noqa: F401  (makes the commands known)
 from orthoft.cli import main
 from orthoft.recipes.load import read_yaml
-from orthoft.recipes.schema import training_model
 from orthoft.recipes.shipped import json_schema, kind_of
+from orthoft.recipes.task_schema import training_model
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))

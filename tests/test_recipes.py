@@ -19,12 +19,15 @@ from transformers import TrainingArguments
 import orthoft
 from orthoft.merging import plan
 from orthoft.recipes import RecipeError, load, run
-from orthoft.recipes.evaluate import export_check
-from orthoft.recipes.finetune import OrthoTrainer, adapter_config, load_model
-from orthoft.recipes.head import Classifier, Head, fit_probe, pooled
+from orthoft.recipes.export_check import export_check
+from orthoft.recipes.finetune import OrthoTrainer
+from orthoft.recipes.head import Head, fit_probe, pooled
+from orthoft.recipes.kinds import kind_of
+from orthoft.recipes.kinds.probed import Classifier
+from orthoft.recipes.models import adapter_config, load_model
 from orthoft.recipes.rehearse import adapter_ranks
-from orthoft.recipes.schema import Adapter, CausalLM
 from orthoft.recipes.table import gain_kept, gains, table
+from orthoft.recipes.task_schema import Adapter
 
 Words = dict[str, Any]
 
@@ -111,7 +114,7 @@ MISTAKES = [
     (
         "tasks.0.block_size",
         8,
-        "tasks[0].block_size: unknown key, known are name, adapter, training, kind, data, max_length",
+        "tasks[0].block_size: unknown key, known are name, kind, adapter, data, training, max_length",
     ),
     ("merge.weights", [1.0], "merge.weights has 1 numbers for 2 tasks"),
     ("merge.weights", ["a", 1.0], "merge.weights[0]: expected a valid number, got 'a'"),
@@ -299,9 +302,9 @@ def test_the_probe_solves_what_is_linear_and_folds_the_scale() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 6, generator=generator) * torch.tensor([1.0, 10, 0.1, 1, 1, 1]) + 5
     y = (x[:, 1] - 5 > 0).long()
-    head = fit_probe((x[:300], y[:300]), (x[300:], y[300:]), ["no", "yes"], 8)
+    head = fit_probe((x[:300], y[:300]), (x[300:], y[300:]), ["no", "yes"], {})
     assert (head.logits(x[300:]).argmax(-1) == y[300:]).float().mean() > 0.97
-    again = fit_probe((x[:300], y[:300]), (x[300:], y[300:]), ["no", "yes"], 8)
+    again = fit_probe((x[:300], y[:300]), (x[300:], y[300:]), ["no", "yes"], {})
     assert torch.equal(head.weight, again.weight)
 
 
@@ -347,8 +350,10 @@ def test_the_penalty_of_the_adapters_is_in_the_loss(models: Path, tmp_path: Path
         torch.manual_seed(0)
         adapter = Adapter(type="hra", r=4, target_modules=["query"], orthogonality_weight=weight)
         encoder = load_model("classification", models / "bert", None).eval()
-        head = Head(torch.randn(2, 32), torch.zeros(2), ["low", "high"], 16, 0.0)
-        return Classifier(peft.get_peft_model(encoder, adapter_config(adapter, "classification")), head)
+        head = Head(torch.randn(2, 32), torch.zeros(2), ["low", "high"], {}, 0.0)
+        task = load(classification(models, tmp_path / "out")).tasks[0]
+        model = peft.get_peft_model(encoder, adapter_config(adapter, "classification"))
+        return Classifier(kind_of(task, models / "bert"), model, head)
 
     def loss(model: Classifier) -> float:
         trainer = OrthoTrainer(model, TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True))
@@ -400,7 +405,7 @@ head = load_file(out / "heads" / f"{task}.safetensors")
 words = json.loads((out / "heads" / f"{task}.json").read_text())
 rows = [json.loads(line) for line in open(data)]
 texts = [row["text"] for row in rows]
-batch = tokenizer(texts, padding=True, truncation=True, max_length=words["max_length"], return_tensors="pt")
+batch = tokenizer(texts, padding=True, truncation=True, max_length=words["features"]["max_length"], return_tensors="pt")
 with torch.no_grad():
     hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
 mask = batch["attention_mask"][..., None]
@@ -517,18 +522,12 @@ def test_a_language_model_from_words_to_lora(models: Path, tmp_path: Path) -> No
 
 
 def test_a_block_is_filled_or_refused(models: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    from orthoft.recipes.data import task_data
-
-    tokenizer = AutoTokenizer.from_pretrained(models / "llama")
     task = load(language(models, tmp_path / "out")).tasks[0]
-    assert isinstance(task, CausalLM)
-    data = task_data(task, tokenizer, seed=0)
+    data = kind_of(task, models / "llama").data(seed=0)
     assert {len(example["input_ids"]) for example in data.train} == {16}
     assert len(data.train) == 40 * 21 // 16  # twenty words and an end for each of forty texts
     with pytest.raises(ValueError, match="up train: 840 tokens do not fill one block of 4096; lower block_size"):
-        task_data(task.model_copy(update={"block_size": 4096}), tokenizer, seed=0)
+        kind_of(task.model_copy(update={"block_size": 4096}), models / "llama").data(seed=0)
 
 
 @pytest.mark.parametrize(

@@ -155,9 +155,7 @@ def test_the_best_is_no_worse_than_the_recipe_and_any_default(found: Words) -> N
 
 def test_the_scores_are_those_of_the_model_that_is_written(found: Words, words: Words, tmp_path: Path) -> None:
     """What ``merge.yaml`` writes, loaded by transformers alone, has the accuracies that the search tells of it."""
-    from orthoft.recipes.data import batches
-    from orthoft.recipes.evaluate import classification
-    from orthoft.recipes.finetune import load_model
+    from orthoft.recipes.models import load_model
     from orthoft.recipes.search_setup import read_experts
 
     job = Path(words["output"]) / "search" / "merge.yaml"
@@ -165,8 +163,7 @@ def test_the_scores_are_those_of_the_model_that_is_written(found: Words, words: 
     model = load_model("classification", tmp_path / "merged", None)
     recipe = load(words)
     for ready in read_experts(recipe, Path(recipe.base)):
-        assert ready.head is not None
-        scores = classification(model, ready.head, batches(ready.data.test, 32, ready.pad, ""))
+        scores = ready.kind.score(model, ready.head, ready.data.test, 32, "")
         assert scores == pytest.approx(found["test"]["merge"][ready.task.name], abs=1e-6)
 
 

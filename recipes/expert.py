@@ -1,0 +1,71 @@
+"""One task's expert on disk: an adapter as PEFT saves it, and ``expert.json`` with what is known of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+
+from orthoft.recipes.head import Head
+from orthoft.recipes.kinds import Kind, TaskData
+from orthoft.recipes.schema import Recipe
+from orthoft.recipes.task_schema import Task
+
+FINISHED = "expert.json"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A task whose rows are examples and, where it has classes, whose head is fitted; ``mark`` is its fingerprint."""
+
+    kind: Kind[Any]
+    data: TaskData
+    head: Head | None
+    mark: str
+
+    @property
+    def task(self) -> Task:
+        task: Task = self.kind.task
+        return task
+
+
+def fingerprint(recipe: Recipe, task: Task, base: Path) -> str:
+    """Return a hash of all that an expert depends on: the task's words, its files' contents, base, dtype and seed."""
+    weights = sorted((f.name, f.stat().st_size) for f in base.glob("*.safetensors"))
+    words: list[Any] = [task.model_dump(mode="json"), _digests(task), recipe.base, weights, recipe.dtype, recipe.seed]
+    if (chosen := recipe.train_to_merge) is not None:  # from the data of all tasks
+        general = [] if chosen.general is None else [_digest(chosen.general)]
+        others = [[other.model_dump(mode="json"), _digests(other)] for other in recipe.tasks]
+        words += [chosen.model_dump(mode="json"), general, others]
+    return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(task: Task) -> list[str]:
+    files = [task.data.train, task.data.tuning, task.data.test] if task.data.dataset is None else []
+    return [_digest(file) for file in files if file]
+
+
+def _digest(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def finished(folder: Path, mark: str) -> dict[str, Any] | None:
+    """Return what is known of the expert in ``folder`` if it is complete and has this fingerprint, else None."""
+    file = folder / FINISHED
+    told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return told if told.get("fingerprint") == mark else None
+
+
+def save(model: peft.PeftModel, folder: Path, told: dict[str, Any]) -> None:
+    """Write the adapter as PEFT does and ``expert.json`` beside it; the folder appears when it is complete."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(str(partial))
+    (partial / FINISHED).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

@@ -1,0 +1,21 @@
+"""The kinds of task by the name that a recipe gives them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from orthoft.recipes.kinds.causal_lm import CausalLanguageModel
+from orthoft.recipes.kinds.classification import SequenceClassification
+from orthoft.recipes.kinds.kind import Batch, Example, Kind, Scores, TaskData
+from orthoft.recipes.task_schema import Task
+
+KINDS: dict[str, type[Kind[Any]]] = {"classification": SequenceClassification, "causal-lm": CausalLanguageModel}
+
+
+def kind_of(task: Task, base: Path) -> Kind[Any]:
+    """Return a task with the processor of its base."""
+    return KINDS[task.kind](task, base)
+
+
+__all__ = ["KINDS", "Batch", "Example", "Kind", "Scores", "TaskData", "kind_of"]

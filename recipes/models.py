@@ -1,0 +1,54 @@
+"""The base of a recipe as a transformers model, and the PEFT config of an adapter, by their names in the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import peft
+import transformers
+from accelerate import PartialState
+
+from orthoft.adapters import ADAPTERS
+from orthoft.errors import unknown
+from orthoft.recipes.kinds import KINDS
+from orthoft.recipes.task_schema import Adapter
+
+
+def adapter_types() -> dict[str, type[Any]]:
+    """Return config classes by name: ours, and PEFT's own as ``peft.NAME``, or as ``NAME`` where we have none."""
+    theirs: dict[str, type[Any]] = {
+        kind.value.lower(): config
+        for kind, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()
+        if not kind.value.startswith("ORTHOFT_")
+    }
+    return {**theirs, **ADAPTERS, **{f"peft.{name}": config for name, config in theirs.items()}}
+
+
+def adapter_config(adapter: Adapter, kind: str) -> peft.PeftConfig:
+    """Return the PEFT config of a recipe's adapter.
+
+    Raises:
+        ValueError: an unknown type or field (the nearest is named), or a value that the config refuses.
+        TypeError: a value of a wrong type.
+    """
+    types = adapter_types()
+    if adapter.type not in types:
+        raise unknown("adapter type", adapter.type, [name for name in types if not name.startswith("peft.")])
+    config = types[adapter.type]
+    known = [f.name for f in fields(config) if f.init and f.name not in ("peft_type", "auto_mapping", "peft_version")]
+    for name in adapter.fields:
+        if name not in known:
+            raise unknown(f"field of adapter {adapter.type!r}", name, known)
+    return config(**{"task_type": KINDS[kind].peft_task} | adapter.fields)
+
+
+def auto_class(kind: str) -> Any:
+    """Return the transformers class that loads the base of this kind of task."""
+    return getattr(transformers, KINDS[kind].auto)
+
+
+def load_model(kind: str, folder: str | Path, dtype: str | None) -> Any:
+    """Return the plain transformers model of a folder, on this process's device."""
+    return auto_class(kind).from_pretrained(str(folder), dtype=dtype or "auto").to(PartialState().device)
