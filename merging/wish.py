@@ -25,8 +25,8 @@ class Wish:
 
     Args:
         params: of the method and of the space, without their defaults.
-        include, exclude: patterns of names (``*``, ``?``, ``[...]``): what is not included, or is excluded, stays as in
-            the base.
+        include: patterns of names (``*``, ``?``, ``[...]``): with some, what matches none stays as in the base.
+        exclude: patterns of names: what matches one stays as in the base.
         overrides: by pattern, what holds there instead: ``scale``, ``space``, ``weights`` as {source: number}, or a
             parameter. Of several patterns that match, the last one says.
     """

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import math
+import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, register_peft_method
+from safetensors import safe_open
 
-HINT = """
-## Loading this adapter
-
-This adapter is of a method that PEFT learns from the package `orthoft`: without the import, PEFT
-fails with a `KeyError`.
-
-```python
-import orthoft  # registers the method
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/to/this/adapter")
-```
-
-For use without orthoft, `orthoft convert ADAPTER OUT --to lora` writes a LoRA that plain PEFT loads.
-"""
+from orthoft.citations import citation_section, cited_in
+from orthoft.loading import LEARNT_FROM_US, TASK_TYPES, WITHOUT_US, auto_class, words_to_adapt
 
 
 def peft_type_name(method: str) -> str:
@@ -62,7 +54,48 @@ def saves_biases() -> bool:
 
 
 def write_load_hint(folder: str | Path) -> None:
-    """Say in the model card that PEFT saved what it takes to load the adapter."""
+    """Say in the model card that PEFT saved what the adapter is, what it takes to load it, and whom to cite."""
     card = Path(folder) / "README.md"
     if card.is_file() and "import orthoft" not in (text := card.read_text(encoding="utf-8")):
-        card.write_text(text.rstrip() + "\n" + HINT, encoding="utf-8")
+        card.write_text(text.rstrip() + "\n\n" + "\n".join(about_adapter(Path(folder))), encoding="utf-8")
+
+
+def about_adapter(folder: Path) -> list[str]:
+    """Return the lines of a model card on the adapter of ours in a folder: what it is, how it loads, whom to cite."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    kind, base = config["peft_type"], config.get("base_model_name_or_path") or "BASE"
+    method = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
+    return [
+        "## This adapter",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| method | {kind.removeprefix('ORTHOFT_')}, of the package `orthoft` |",
+        f"| base | `{base}` |",
+        *_size(folder / "adapter_model.safetensors"),
+        "",
+        LEARNT_FROM_US,
+        "",
+        "```python",
+        words_to_adapt(_auto_class(config, base), base, "this-folder", ours=True),
+        "```",
+        "",
+        WITHOUT_US,
+        "",
+        *citation_section(cited_in(sys.modules[method.__module__])),
+    ]
+
+
+def _size(file: Path) -> list[str]:
+    if not file.is_file():
+        return []
+    with safe_open(file, framework="pt") as tensors:
+        count = sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return [f"| numbers | {count:,} |"]
+
+
+def _auto_class(config: Mapping[str, Any], base: str) -> str:
+    file = Path(base) / "config.json"
+    if config.get("task_type") in TASK_TYPES:
+        return TASK_TYPES[config["task_type"]]
+    return auto_class(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -14,6 +14,7 @@ from orthoft.merging import METHODS, OUTPUTS, READERS, SPACES
 from orthoft.merging.parameters import Parameters
 from orthoft.merging.reports.card import about, papers
 from orthoft.merging.statistics import STATISTICS_OF
+from orthoft.recipes.table import Table
 
 WIDTH = 118
 Entry = dict[str, Any]
@@ -37,24 +38,28 @@ def explained(kind: str, name: str) -> str:
     things, found = dict(_of(kind)), catalogue(kind)
     if name not in things:
         raise unknown(kind.removesuffix("s"), name, things)
-    head = _lines(name, found[name], len(name) + 2, found[name].get("parameters", {}))
+    head = _lines(name, _texts(found[name], found[name].get("parameters", {})), len(name) + 2)
     return "\n".join([*head, "", inspect.getdoc(things[name]) or ""])
 
 
-def listed(kind: str) -> str:
-    """Return what there is of a kind as text: what it does and its defaults."""
+def listed(kind: str) -> Table:
+    """Return what there is of a kind as a table: what it does and its defaults."""
     found = catalogue(kind)
     wide = max(map(len, found)) + 2
     each = [entry.get("parameters", {}) for entry in found.values()]
     common = {key: value for key, value in each[0].items() if all((key, value) in one.items() for one in each[1:])}
-    lines = []
-    for (name, entry), own in zip(found.items(), each, strict=True):
-        lines += _lines(name, entry, wide, {key: own[key] for key in own if key not in common})
-    if common:
-        lines += ["", *_wrapped(f"all take: {_assigned(common, {})}", 2)]
+    lines: list[str] = []
+    rows = [(kind.removesuffix("s"), "what it does", "parameters")]
+    for (name, entry), parameters in zip(found.items(), each, strict=True):
+        says, *rest = _texts(entry, {key: parameters[key] for key in parameters if key not in common})
+        lines += _lines(name, [says, *rest], wide)
+        rows.append((name, says, "; ".join(rest)))
+    notes = [*_wrapped(f"all take: {_assigned(common, {})}", 2)] if common else []
     if kind == "adapters":
-        lines += ["", *_wrapped(f"formats of adapters that merge reads: {', '.join(READERS)}", 2)]
-    return "\n".join([*lines, "", f"more on one: orthoft {kind} NAME"])
+        notes += ["", *_wrapped(f"formats of adapters that merge reads: {', '.join(READERS)}", 2)]
+    notes += ["", f"more on one: orthoft {kind} NAME"]
+    shown = rows if any(row[2] for row in rows[1:]) else [row[:2] for row in rows]
+    return Table("\n".join([*lines, *([""] if common else []), *notes]), shown, words=3, notes="\n".join(notes).strip())
 
 
 def _of(kind: str) -> list[tuple[str, Any]]:
@@ -110,14 +115,19 @@ def _fields(config: type[Any]) -> dict[str, Any]:
     }
 
 
-def _lines(name: str, entry: Entry, wide: int, parameters: Mapping[str, Any]) -> list[str]:
+def _texts(entry: Entry, parameters: Mapping[str, Any]) -> list[str]:
+    """Return what one does, its parameters if it has any, and the statistics it takes if it takes some."""
     papers = "".join(f" (arXiv {paper})" for paper in entry.get("arxiv", ()))
-    text = [entry["says"] + papers]
+    texts = [entry["says"] + papers]
     if parameters:
-        text.append(_assigned(parameters, entry.get("choices", {})))
+        texts.append(_assigned(parameters, entry.get("choices", {})))
     if "statistics" in entry:
-        text.append(f"takes {entry['statistics']} statistics from data")
-    lines = [line for part in text for line in _wrapped(part, wide)]
+        texts.append(f"takes {entry['statistics']} statistics from data")
+    return texts
+
+
+def _lines(name: str, texts: Sequence[str], wide: int) -> list[str]:
+    lines = [line for text in texts for line in _wrapped(text, wide)]
     return [f"{name:{wide}}{lines[0].lstrip()}", *lines[1:]]
 
 

@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from orthoft.recipes.task_schema import Data, Split
 
@@ -29,7 +29,7 @@ def read_file(path: Path) -> list[Row]:
         with path.open(encoding="utf-8", newline="") as lines:
             return list(csv.DictReader(lines))
     if kind == ".parquet":
-        return cast(list[Row], _datasets().Dataset.from_parquet(str(path)).to_list())
+        return named(_datasets().Dataset.from_parquet(str(path)))
     raise ValueError(f"{path}: expected a file named .jsonl, .csv or .parquet")
 
 
@@ -51,6 +51,20 @@ def _datasets() -> Any:
     return datasets
 
 
+def named(table: Any) -> list[Row]:
+    """Return the rows of a `datasets` table with the names of classes for their numbers, and None for -1, no class."""
+    inner = {column: getattr(feature, "feature", feature) for column, feature in table.features.items()}
+    names = {column: feature.names for column, feature in inner.items() if hasattr(feature, "names")}
+
+    def word(value: Any, of: Sequence[str]) -> Any:
+        if isinstance(value, list):
+            return [word(each, of) for each in value]
+        return None if value is None or value < 0 else of[value]
+
+    rows: list[Row] = table.to_list()
+    return [row | {column: word(row[column], of) for column, of in names.items()} for row in rows]
+
+
 def read_splits(data: Data, seed: int) -> dict[Split, list[Row]]:
     """Return the rows of each split, shuffled by ``seed`` and cut to the limits.
 
@@ -64,7 +78,7 @@ def read_splits(data: Data, seed: int) -> dict[Split, list[Row]]:
         if data.dataset is None:
             rows[split] = read_file(Path(name))
         else:
-            rows[split] = _datasets().load_dataset(data.dataset, data.subset, split=name).to_list()
+            rows[split] = named(_datasets().load_dataset(data.dataset, data.subset, split=name))
         if not rows[split]:
             raise ValueError(f"{name}: no rows")
         random.Random(seed).shuffle(rows[split])

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import peft
+from accelerate import PartialState
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from orthoft.recipes.head import Head
 from orthoft.recipes.kinds import Kind, TaskData
@@ -38,6 +41,8 @@ def fingerprint(recipe: Recipe, task: Task, base: Path) -> str:
     """Return a hash of all that an expert depends on: the task's words, its files' contents, base, dtype and seed."""
     weights = sorted((f.name, f.stat().st_size) for f in base.glob("*.safetensors"))
     words: list[Any] = [task.model_dump(mode="json"), _digests(task), recipe.base, weights, recipe.dtype, recipe.seed]
+    if recipe.quantization is not None:
+        words.append(recipe.quantization.model_dump(mode="json"))
     if (chosen := recipe.train_to_merge) is not None:  # from the data of all tasks
         general = [] if chosen.general is None else [_digest(chosen.general)]
         others = [[other.model_dump(mode="json"), _digests(other)] for other in recipe.tasks]
@@ -62,10 +67,18 @@ def finished(folder: Path, mark: str) -> dict[str, Any] | None:
 
 
 def save(model: peft.PeftModel, folder: Path, told: dict[str, Any]) -> None:
-    """Write the adapter as PEFT does and ``expert.json`` beside it; the folder appears when it is complete."""
+    """Write the adapter as PEFT does and ``expert.json`` beside it; the folder appears when it is complete.
+
+    Every process calls it, and the first one writes: where FSDP2 keeps a part of each weight they are gathered before.
+    """
+    state = None
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not PartialState().is_main_process:
+        return
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(str(partial))
+    model.save_pretrained(str(partial), state_dict=state)
     (partial / FINISHED).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

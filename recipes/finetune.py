@@ -12,34 +12,62 @@ from typing import Any
 
 import peft
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 
+from orthoft.recipes.checkpoints import Checkpoints, Say, last_checkpoint, open_checkpoints
+from orthoft.recipes.devices import on_cpu, placed, roomy
+from orthoft.recipes.early_stopping import KeepBest
 from orthoft.recipes.expert import Ready, save
 from orthoft.recipes.initialise import initialise
 from orthoft.recipes.models import adapter_config, load_model
 from orthoft.recipes.schema import Recipe
 from orthoft.recipes.task_schema import Task
+from orthoft.recipes.trainers import new_arguments, new_trainer
 from orthoft.trainer import OrthoTrainer
 
 
+class RecipeTrainer(Checkpoints, OrthoTrainer):
+    """The Trainer of recipes."""
+
+
 def training_arguments(recipe: Recipe, task: Task, folder: Path) -> TrainingArguments:
-    """Return a task's `TrainingArguments`: the recipe's words over quiet defaults, nothing saved midway."""
-    steps = task.training.get("max_steps", -1)
+    """Return a task's `TrainingArguments`: the recipe's words over quiet defaults.
+
+    Raises:
+        ValueError: words that the Trainer would not follow here.
+    """
+    words, steps = task.training, task.training.get("max_steps", -1)
     defaults: dict[str, Any] = {
         "seed": recipe.seed,
-        "save_strategy": "no",
+        "save_strategy": "steps" if "save_steps" in words else "no",
+        "save_total_limit": 2,
+        "eval_strategy": "no" if task.early_stopping is None else "steps",
+        "per_device_eval_batch_size": recipe.evaluate.batch_size,
+        "prediction_loss_only": True,
         "report_to": "none",
         "logging_steps": max(1, steps // 20) if steps > 0 else 10,
+        "logging_nan_inf_filter": False,  # it would hide from us that the loss is no number
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,
-        "use_cpu": not torch.accelerator.is_available(),  # else several processes on CPUs do not find each other
+        "use_cpu": on_cpu(recipe.device),  # else several processes on CPUs do not find each other
         "label_names": ["labels"],
     }
-    return TrainingArguments(output_dir=str(folder), **defaults | task.training)
+    args = placed(new_arguments(task, output_dir=str(folder), **defaults | words), recipe.device)
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError("fp16 does nothing on a CPU: take bf16")
+    if args.load_best_model_at_end:
+        raise ValueError("load_best_model_at_end is not followed: write early_stopping beside training")
+    if task.early_stopping is not None and args.eval_strategy == "no":
+        raise ValueError("early_stopping needs evaluations: leave eval_strategy out")
+    if args.save_strategy != "no" and args.distributed_state.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "DeepSpeed's checkpoints are pickles, which are never read: leave save_strategy and save_steps out"
+        )
+    return args
 
 
 class Bar(TrainerCallback):
@@ -63,47 +91,93 @@ class Bar(TrainerCallback):
         self.bar.close()
 
 
+def adapted(recipe: Recipe, task: Task, base: Path, args: TrainingArguments) -> peft.PeftModel:
+    """Return the base with the task's new adapter, which the recipe's seed fixes."""
+    set_seed(recipe.seed)
+    model = load_model(task.kind, base, recipe.dtype, recipe.quantization)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        model.enable_input_require_grads()
+        args.gradient_checkpointing = args.activation_checkpointing = False  # the Trainer asks what wraps the model
+    return peft.get_peft_model(model, adapter_config(task.adapter, task.kind))
+
+
+def make_trainer(ready: Ready, model: peft.PeftModel, args: TrainingArguments) -> RecipeTrainer:
+    """Return the quiet Trainer of a task's adapted model."""
+    stopping = ready.task.early_stopping
+    trainer = new_trainer(
+        ready.kind,
+        RecipeTrainer,
+        model=ready.kind.trained(model, ready.head),
+        args=args,
+        train_dataset=ready.data.train,
+        eval_dataset=ready.data.tuning,
+        data_collator=ready.kind.collate,
+        callbacks=[Bar(ready.task.name), *([] if stopping is None else [KeepBest(stopping)])],
+    )
+    for noisy in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(noisy)
+    return trainer
+
+
 def train(
-    recipe: Recipe, ready: Ready, base: Path, folder: Path, rows: Mapping[str, Tensor] | None = None
+    recipe: Recipe,
+    ready: Ready,
+    base: Path,
+    folder: Path,
+    rows: Mapping[str, Tensor] | None = None,
+    say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Train a task's adapter, save it to ``folder`` (from the main process), and return what is known of it.
 
+    A training that was broken off goes on from its last checkpoint, if it makes them: ``save_steps`` in ``training``.
     With ``rows``, see `orthoft.recipes.initialise`, it reads its inputs through these alone.
 
     Raises:
         ValueError: the loss became NaN or infinite.
+        MemoryError: the device has too little memory.
     """
     task, start = ready.task, time.perf_counter()
-    set_seed(recipe.seed)
-    model = peft.get_peft_model(load_model(task.kind, base, recipe.dtype), adapter_config(task.adapter, task.kind))
-    if rows is not None:
-        initialise(model, rows)
-    trained = ready.kind.trained(model, ready.head)
-    trainer = OrthoTrainer(
-        model=trained,
-        args=training_arguments(recipe, task, folder.with_name(f".{folder.name}.trainer")),
-        train_dataset=ready.data.train,
-        data_collator=ready.kind.collate,
-        callbacks=[Bar(task.name)],
+    lower = (
+        "training.per_device_train_batch_size (and raise gradient_accumulation_steps), or set gradient_checkpointing"
     )
-    for noisy in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(noisy)
-    loss = trainer.train().training_loss
-    if trainer.is_world_process_zero():
-        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    with roomy(task.name, lower):
+        checkpoints = folder.with_name(f".{folder.name}.trainer")
+        args = training_arguments(recipe, task, checkpoints)
+        model = adapted(recipe, task, base, args)
+        if rows is not None:
+            initialise(model, rows)
+        trainer = make_trainer(ready, model, args)
+        loss = trainer.train(resume_from_checkpoint=found(checkpoints, ready.mark, args, say)).training_loss
     if not math.isfinite(loss):
         raise ValueError(f"{task.name}: the training loss is {loss}; lower training.learning_rate")
     told = {
         "task": task.name,
         "adapter": task.adapter.model_dump(),
-        "parameters": sum(p.numel() for p in trained.parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "steps": trainer.state.global_step,
         "processes": PartialState().num_processes,
         "seconds": round(time.perf_counter() - start, 2),
         "losses": [[log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log],
+        "kept": next((c.told() for c in trainer.callback_handler.callbacks if isinstance(c, KeepBest)), None),
         "fingerprint": ready.mark,
     }
+    save(model, folder, told)
     if trainer.is_world_process_zero():
-        save(model, folder, told)
+        shutil.rmtree(checkpoints, ignore_errors=True)
     PartialState().wait_for_everyone()
     return told
+
+
+def found(folder: Path, mark: str, args: TrainingArguments, say: Say) -> str | None:
+    """Return the checkpoint to go on from, if the recipe makes them and there is one, the same in every process."""
+    state = PartialState()
+    if args.save_strategy == "no":
+        return None
+    if state.is_main_process:
+        open_checkpoints(folder, mark)
+    state.wait_for_everyone()
+    last = last_checkpoint(folder, state.num_processes, say)
+    if last is not None:
+        say(f"  goes on from step {last.name.removeprefix('checkpoint-')}")
+    return None if last is None else str(last)

@@ -1,6 +1,6 @@
-"""The head of a task with classes: a linear probe of the frozen base, which stays frozen under the adapter.
+"""The head of a task with classes: a linear probe of the frozen base, which stays as it is or trains with the adapter.
 
-It makes the base's score an honest baseline: whatever an expert gains over it, the adapter learnt.
+It makes the base's score an honest baseline: whatever an expert gains over it, the training learnt.
 """
 
 from __future__ import annotations
@@ -21,13 +21,22 @@ DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
 
 @dataclass(frozen=True)
 class Head:
-    """``logits = features W^T + b``: W (classes, d), b (classes,); ``features`` says in words how they are made."""
+    """``logits = features W^T + b``: W (classes, d), b (classes,); ``features`` says in words how they are made.
+
+    ``probe`` is what a trained head began with.
+    """
 
     weight: Tensor
     bias: Tensor
     classes: list[str]
     features: Mapping[str, Any]
     decay: float
+    probe: Head | None = None
+
+    @property
+    def start(self) -> Head:
+        """The probe of the frozen base, which the base is scored with."""
+        return self if self.probe is None else self.probe
 
     def logits(self, features: Tensor) -> Tensor:
         return F.linear(features, self.weight.to(features.device), self.bias.to(features.device))
@@ -35,14 +44,19 @@ class Head:
     def save(self, path: Path) -> None:
         """Write ``path`` (safetensors) and beside it the words (json): enough to classify without this library."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}, path)
+        tensors = {"weight": self.weight, "bias": self.bias}
+        if self.probe is not None:
+            tensors |= {"probe.weight": self.probe.weight, "probe.bias": self.probe.bias}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
         words = {"classes": self.classes, "features": dict(self.features), "decay": self.decay}
         path.with_suffix(".json").write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Head:
         words = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return cls(**load_file(path), **words)
+        tensors = load_file(path)
+        of_probe = {name: tensors.pop(f"probe.{name}") for name in ("weight", "bias") if f"probe.{name}" in tensors}
+        return cls(**tensors, **words, probe=cls(**of_probe, **words) if of_probe else None)
 
 
 def pooled(hidden: Tensor, mask: Tensor) -> Tensor:

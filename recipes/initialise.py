@@ -6,7 +6,7 @@ PSOFT turns within rows ``V``, its basis. Both are saved as ever, so that a merg
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,7 +19,7 @@ from orthoft.errors import unknown
 from orthoft.merging.weightwise import weight_generator
 from orthoft.recipes import subspaces
 from orthoft.recipes.base_weights import linear_layers
-from orthoft.recipes.statistics import input_grams
+from orthoft.recipes.statistics import counted_grams
 from orthoft.recipes.subspaces import RIDGE, mean_of_others, mutually_orthogonal
 
 Method = Literal["osrm", "contrastive", "orthogonal", "principal"]
@@ -34,8 +34,8 @@ def covariances(
 ) -> dict[str, Tensor]:
     """Return ``C = X^T X / N`` (n, n) in float64 of the inputs of each linear layer, by the base's names of weights.
 
-    N counts the tokens of the batches that are not padding. Runs in evaluation mode, without labels, and leaves the
-    model's modes as they were. Layers with the very same inputs, one after the other, share one tensor.
+    N counts the tokens that the layer sees and that are not padding. Runs in evaluation mode, without labels, and
+    leaves the model's modes as they were. Layers with the very same inputs, one after the other, share one tensor.
 
     Args:
         names: of the weights to look at, all unless given.
@@ -43,28 +43,21 @@ def covariances(
     Raises:
         ValueError: no batches, or no layer of these names.
     """
-    tokens, modes = 0, [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
-
-    def shown() -> Iterator[dict[str, Any]]:
-        nonlocal tokens
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            tokens += int(batch["input_ids"].numel() if mask is None else mask.sum())
-            yield {key: value.to(device) for key, value in batch.items() if key != "labels"}
-
+    shown = ({key: value.to(device) for key, value in batch.items() if key != "labels"} for batch in batches)
     model.eval()
     try:
-        grams = input_grams(model, shown(), ["*"] if names is None else names, lambda examples: None)
+        grams, tokens = counted_grams(model, shown, ["*"] if names is None else names, lambda examples: None)
     finally:
         for module, training in modes:
             module.training = training
-    if not tokens:
+    if not grams:
         raise ValueError("there are no inputs to learn subspaces from: the batches are empty")
     found: dict[str, Tensor] = {}
     last: Tensor | None = None
     for name, gram in grams.items():
-        C = gram.view(max(gram.shape), -1).double().cpu() / tokens
+        C = gram.view(max(gram.shape), -1).double().cpu() / tokens[name]
         last = found[name] = last if last is not None and torch.equal(last, C) else C
     return found
 

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from orthoft.adapters import ADAPTERS
 from orthoft.errors import unknown
 from orthoft.recipes.kinds import KINDS
+from orthoft.recipes.schema import Quantization
 from orthoft.recipes.task_schema import Adapter
 
 
@@ -49,6 +50,10 @@ def auto_class(kind: str) -> Any:
     return getattr(transformers, KINDS[kind].auto)
 
 
-def load_model(kind: str, folder: str | Path, dtype: str | None) -> Any:
-    """Return the plain transformers model of a folder, on this process's device."""
-    return auto_class(kind).from_pretrained(str(folder), dtype=dtype or "auto").to(PartialState().device)
+def load_model(kind: str, folder: str | Path, dtype: str | None, quantization: Quantization | None = None) -> Any:
+    """Return the transformers model of a folder, on this process's device."""
+    auto, device = auto_class(kind), PartialState().device
+    if quantization is None:
+        return auto.from_pretrained(str(folder), dtype=dtype or "auto").to(device)
+    words = transformers.BitsAndBytesConfig(**quantization.model_dump(exclude_unset=True))
+    return auto.from_pretrained(str(folder), dtype=dtype or "auto", quantization_config=words, device_map={"": device})

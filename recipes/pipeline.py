@@ -23,6 +23,7 @@ from orthoft.errors import unknown
 from orthoft.merging import MergeReport, merge
 from orthoft.merging.files.hub import find_folder
 from orthoft.recipes.data import SPLITS
+from orthoft.recipes.devices import merge_device, roomy
 from orthoft.recipes.expert import Ready, fingerprint, finished
 from orthoft.recipes.export_check import export_check
 from orthoft.recipes.finetune import train
@@ -115,7 +116,7 @@ class Run:
             ready = self.ready[i] = self._with_head(ready, fit=known is None) if data.classes else ready
             if known is None:
                 with self.timed("finetune"):
-                    known = train(self.recipe, ready, self.base, folder, self.rows(task.name))
+                    known = train(self.recipe, ready, self.base, folder, self.rows(task.name), self.say)
                 last = f", loss {known['losses'][-1][1]:.3f}" if known["losses"] else ""
                 self.say(f"  {task.adapter.type}, {known['parameters']:,} parameters: {known['steps']} steps{last}")
             else:
@@ -186,6 +187,7 @@ class Run:
             overwrite=True,
             seed=self.recipe.seed,
             progress=sys.stderr.isatty(),
+            **merge_device(self.recipe.device),
             **output,
             **wanted.words(),
         )
@@ -197,13 +199,14 @@ class Run:
         """Evaluate a model on the test splits of tasks."""
         for ready in tasks:
             name, size = ready.task.name, self.recipe.evaluate.batch_size
-            scores = ready.kind.score(model, ready.head, ready.data.test, size, f"{row} on {name}")
+            with roomy(f"{row} on {name}", "evaluate.batch_size"):
+                scores = ready.kind.score(model, ready.head, ready.data.test, size, f"{row} on {name}")
             self.results["scores"].setdefault(row, {})[name] = scores
             if row in ("base", name, "merge") and (text := ready.kind.sample(model)) is not None:
                 self.results["samples"].setdefault(name, {})[row] = text
 
     def load_base(self) -> Any:
-        return load_model(self.kind, self.base, self.recipe.dtype)
+        return load_model(self.kind, self.base, self.recipe.dtype, self.recipe.quantization)
 
     def expert(self, name: str) -> Path:
         return self.out / "experts" / name
@@ -216,7 +219,8 @@ class Run:
         text, partial = json.dumps(self.results, indent=2), self.out / f".{RESULTS}.partial"
         partial.write_text(text + "\n", encoding="utf-8")
         partial.rename(self.out / RESULTS)
-        self.say("\n" + table(scores, names, self.kind))
+        self.say("")
+        self.say(table(scores, names, self.kind))
         for name, by_row in self.results["samples"].items():
             prompt = next(ready.kind.prompt for ready in self.ready if ready.task.name == name)
             self.say(f"\n{name}: {prompt!r} goes on")

@@ -15,13 +15,14 @@ import yaml
 
 from orthoft.merging import READERS
 from orthoft.merging.wish import Wish, wish_for
+from orthoft.recipes.devices import check_device
 from orthoft.recipes.finetune import training_arguments
 from orthoft.recipes.load import RecipeError
 from orthoft.recipes.models import adapter_config
 from orthoft.recipes.schema import Merge, Recipe
 
 RESULTS, RECIPE = "results.json", "recipe.yaml"
-OURS = ("experts", "heads", "subspaces", "merged", "merged-lora", "search", RESULTS, RECIPE)
+OURS = ("experts", "heads", "subspaces", "merged", "merged-lora", "search", "statistics", RESULTS, RECIPE)
 
 
 def check(recipe: Recipe) -> None:
@@ -38,6 +39,9 @@ def check(recipe: Recipe) -> None:
         except (ValueError, TypeError, ImportError) as error:
             mistakes.append(f"{place}: {' '.join(str(error).split())}")
 
+    attempt("device", partial(check_device, recipe.device))
+    if mistakes:  # else every task would tell of it
+        raise RecipeError(mistakes[0])
     for i, task in enumerate(recipe.tasks):
         attempt(f"tasks[{i}].adapter", partial(_mergeable, recipe, task.adapter, task.kind))
         attempt(f"tasks[{i}].training", partial(training_arguments, recipe, task, Path(recipe.output)))
@@ -77,7 +81,10 @@ def open_output(recipe: Recipe, out: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{out} holds a finished run: give --overwrite to start again, or choose another output")
     elif (out / RECIPE).is_file():
         before = yaml.safe_load((out / RECIPE).read_text(encoding="utf-8"))
-        if any(before.get(key) != words[key] for key in ("base", "dtype", "seed", "tasks", "train_to_merge")):
+        if any(
+            before.get(key) != words[key]
+            for key in ("base", "dtype", "quantization", "seed", "tasks", "train_to_merge")
+        ):
             raise FileExistsError(f"{out} holds a run of another recipe: give --overwrite, or choose another output")
     out.mkdir(parents=True, exist_ok=True)
     (out / RECIPE).write_text(yaml.safe_dump(words, sort_keys=False), encoding="utf-8")

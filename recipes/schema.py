@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from orthoft.recipes.strict import Name, PathText, Strict
 from orthoft.recipes.task_schema import Task
@@ -67,11 +67,44 @@ class Export(Strict):
     lora: Lora | None = None
 
 
+class Harness(Strict):
+    """What lm-evaluation-harness runs on the merged export, in the words of its own command line."""
+
+    tasks: Annotated[list[str], Field(min_length=1)]
+    limit: PositiveInt | None = None
+    num_fewshot: NonNegativeInt | None = None
+    batch_size: PositiveInt | Literal["auto"] | None = None  # that of the evaluation unless given
+    include_path: PathText | None = None
+    apply_chat_template: bool = False
+
+
 class Evaluate(Strict):
     """``cross``: every expert on every task's test split, not on its own only."""
 
     cross: bool = False
     batch_size: PositiveInt = 32
+    harness: Harness | None = None
+
+
+class Quantization(Strict):
+    """How the base is quantised for training and scoring, in the words of transformers' ``BitsAndBytesConfig``.
+
+    The merge reads the base as it is on disk.
+    """
+
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = False
+    bnb_4bit_compute_dtype: Dtype | None = None
+    llm_int8_threshold: float = 6.0
+    llm_int8_skip_modules: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _one_width(self) -> Quantization:
+        if self.load_in_4bit == self.load_in_8bit:
+            raise ValueError("choose one of load_in_4bit and load_in_8bit")
+        return self
 
 
 class Recipe(Strict):
@@ -80,8 +113,10 @@ class Recipe(Strict):
     name: Name
     base: PathText
     dtype: Dtype | None = None
+    quantization: Quantization | None = None
     output: PathText
     seed: int = 0
+    device: str | None = None  # cpu, cuda, cuda:1, mps; unless given, what accelerate finds
     threads: PositiveInt | None = None
     defaults: None = Field(None, exclude=True)  # laid under the tasks before they are checked
     tasks: Annotated[list[Annotated[Task, Field(discriminator="kind")]], Field(min_length=1)]
@@ -97,11 +132,22 @@ class Recipe(Strict):
             raise ValueError(f"two tasks have the name {min(twice)!r}")
         if taken := {"base", "merge", "merge-lora"} & {*names}:
             raise ValueError(f"a task cannot be called {min(taken)!r}, which is a row of the table")
-        if len(kinds := {task.kind for task in self.tasks}) > 1:
-            raise ValueError(f"the tasks of one recipe share one kind, got {' and '.join(sorted(kinds))}")
+        loaded = {task.kind: task.auto for task in self.tasks}
+        if len({*loaded.values()}) > 1:
+            kinds = " and ".join(f"{kind} ({auto})" for kind, auto in sorted(loaded.items()))
+            raise ValueError(f"the tasks of one recipe share the class that loads their base, got {kinds}")
         weights = self.merge.weights if self.merge else None
         if isinstance(weights, list) and len(weights) != len(names):
             raise ValueError(f"merge.weights has {len(weights)} numbers for {len(names)} tasks")
+        return self
+
+    @model_validator(mode="after")
+    def _harness_has_an_export(self) -> Recipe:
+        if self.evaluate.harness is not None:
+            if self.merge is None:
+                raise ValueError("evaluate.harness runs on the merged export: there is no merge")
+            if self.tasks[0].kind != "causal-lm":
+                raise ValueError(f"evaluate.harness is for tasks of kind causal-lm, got {self.tasks[0].kind}")
         return self
 
     @model_validator(mode="after")

@@ -73,10 +73,12 @@ def search(
     or that is given more trials, goes on where it stopped. It is written to ``search`` in the recipe's output.
 
     Args:
-        recipe, overrides: see `orthoft.recipes.run`.
+        recipe: a YAML file, or the same as a mapping.
+        overrides: ``place=value`` each, as for `orthoft.recipes.run`.
         trials: how many in all, earlier ones included; 50 unless a number or minutes are given.
         minutes: how long this call may begin new trials.
-        methods, spaces: only these.
+        methods: only these.
+        spaces: only these.
         rows: of each tuning split, all unless given.
         objective: "gain" is the mean share of the experts' gain that is kept, "score" the mean score (accuracy, or the
             negative loss), which is the better guide where an expert gains little, "loss" the mean negative loss.
@@ -268,7 +270,9 @@ class Search:
 
     def _tell(self, found: Found) -> None:
         section = yaml.safe_dump({"merge": found.best.words}, sort_keys=False).strip()
-        self.say(f"\n{found.table()}\n\n{found.best.name} is the best; as a section of a recipe:\n\n{section}\n")
+        self.say("")
+        self.say(found.table())
+        self.say(f"\n{found.best.name} is the best; as a section of a recipe:\n\n{section}\n")
         self.say(f"results: {self.out / RESULT}, pictures: {self.out / PAGE}")
         self.say(f"to write the model: orthoft merge {self.out / JOB}")
 

@@ -7,6 +7,7 @@ the statistics are of the adapted weights, under the names that the base has for
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -125,24 +126,36 @@ def squared_gradients(
     return sums
 
 
-@torch.no_grad()
 def input_grams(model: nn.Module, batches: Iterable[Batch], only: Sequence[str], count: Count) -> dict[str, Tensor]:
     """Return ``X^T X`` of the inputs (tokens, n) of each linear layer, summed, by the base's names of the weights.
 
+    See `counted_grams`, which tells the numbers of tokens too.
+    """
+    return counted_grams(model, batches, only, count)[0]
+
+
+@torch.no_grad()
+def counted_grams(
+    model: nn.Module, batches: Iterable[Batch], only: Sequence[str], count: Count
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Return ``X^T X`` of the inputs (tokens, n) of each linear layer, summed, and tokens, by the base's names.
+
     (1, n, n), or (n, n, 1) of a Conv1D, as in `orthoft.merging.statistics`. An adapted layer's inputs are those before
-    its adapter. Tokens that ``attention_mask`` (b, t) hides are left out of inputs (b, t, n). Layers that are not
-    called are left out; of those called several times, all inputs count.
+    its adapter. Tokens that ``attention_mask`` or ``decoder_attention_mask`` (b, t) hides are left out of inputs
+    (b, t, n) of its length. Layers that are not called are left out; of those called several times, all inputs count.
     """
     sums: dict[str, Tensor] = {}
-    mask: Tensor | None = None
+    tokens: Counter[str] = Counter()
+    masks: list[Tensor] = []
 
     def add(name: str, inputs_first: bool, x: Tensor) -> None:
-        hides = mask is not None and x.ndim == 3 and x.shape[:2] == mask.shape
-        rows = (x[mask.bool()] if hides and mask is not None else x.flatten(0, -2)).float()  # (tokens, n)
+        mask = next((mask for mask in masks if x.ndim == 3 and x.shape[:2] == mask.shape), None)
+        rows = (x.flatten(0, -2) if mask is None else x[mask.bool()]).float()  # (tokens, n)
         if name not in sums:
             n = rows.shape[1]
             sums[name] = rows.new_zeros((n, n, 1) if inputs_first else (1, n, n))
         sums[name].view(rows.shape[1], -1).addmm_(rows.mT, rows)
+        tokens[name] += len(rows)
 
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, name=name, first=first: add(name, first, args[0]))
@@ -150,13 +163,13 @@ def input_grams(model: nn.Module, batches: Iterable[Batch], only: Sequence[str],
     ]
     try:
         for batch in batches:
-            mask = batch.get("attention_mask")
+            masks[:] = [batch[key] for key in ("attention_mask", "decoder_attention_mask") if key in batch]
             model(**batch)
             count(_size(batch))
     finally:
         for hook in hooks:
             hook.remove()
-    return sums
+    return sums, tokens
 
 
 def _first(batches: Iterable[Mapping[str, Any]], examples: int, device: torch.device) -> Iterator[Batch]:

@@ -6,30 +6,53 @@ import ast
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveInt,
+    create_model,
+    model_validator,
+)
 
 from orthoft.recipes.strict import Name, PathText, Strict
 
 Split = Literal["train", "tuning", "test"]
-TaskKind = Literal["classification", "causal-lm"]
+TaskKind = Literal["classification", "causal-lm", "token-classification", "image-classification", "seq2seq"]
+Trainer = Literal["transformers", "trl"]
+SFT_WORDS = ("activation_offloading", "loss_type", "router_aux_loss_coef")  # of TRL, in ``training``
+LOWER_IS_BETTER = ("loss", "perplexity")  # of all metrics
 
 
 @cache
-def training_model() -> type[Strict]:
-    """Return a model of transformers' ``TrainingArguments``, read from its source: importing it would import torch."""
-    spec = find_spec("transformers")
+def training_model(trainer: Trainer = "transformers") -> type[Strict]:
+    """Return a model of transformers' ``TrainingArguments``, read from its source: importing it would import torch.
+
+    For TRL with what its ``SFTConfig`` adds, but for the words on data: the rows are made before.
+    """
+    fields = _fields("transformers", "training_args.py", "TrainingArguments")
+    if trainer == "trl":
+        of_sft = _fields("trl", "trainer/sft_config.py", "SFTConfig")
+        fields |= {name: of_sft[name] for name in SFT_WORDS if name in of_sft}
+    return create_model("TrainingArguments", __base__=Strict, **fields)
+
+
+def _fields(package: str, file: str, name: str) -> dict[str, Any]:
+    """Return the fields of a class as pydantic takes them, by its source in an installed package."""
+    spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("recipes need transformers")
-    tree = ast.parse(Path(spec.submodule_search_locations[0], "training_args.py").read_text(encoding="utf-8"))
-    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "TrainingArguments")
-    fields: dict[str, Any] = {
+        raise ModuleNotFoundError(f"recipes need {package}")
+    tree = ast.parse(Path(spec.submodule_search_locations[0], file).read_text(encoding="utf-8"))
+    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
+    return {
         s.target.id: (_annotation(s.annotation), None)
         for s in body
         if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name) and s.target.id != "output_dir"
     }
-    return create_model("TrainingArguments", __base__=Strict, **fields)
 
 
 def _annotation(node: ast.expr) -> Any:
@@ -41,6 +64,11 @@ def _annotation(node: ast.expr) -> Any:
 
 def _training(value: Any) -> dict[str, Any]:
     return training_model().model_validate(value).model_dump(exclude_unset=True)
+
+
+def _training_of_trl(value: Any) -> dict[str, Any]:
+    trainer: Trainer = "trl" if find_spec("trl") else "transformers"
+    return training_model(trainer).model_validate(value).model_dump(exclude_unset=True)
 
 
 class Adapter(BaseModel):
@@ -77,38 +105,179 @@ class TextData(Data):
     text: str = "text"
 
 
+class CausalData(Data):
+    """Columns of running text (``text``, unless others are named), of a prompt and its completion, or of messages.
+
+    Messages are lists of ``{role, content}``, which the chat template of the base's tokenizer makes a text of.
+    """
+
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> CausalData:
+        given = tuple(name for name in ("text", "prompt", "completion", "messages") if getattr(self, name) is not None)
+        if given not in ((), ("text",), ("prompt", "completion"), ("messages",)):
+            raise ValueError(f"its columns are text, or prompt and completion, or messages: got {' and '.join(given)}")
+        return self
+
+    @property
+    def form(self) -> Literal["text", "completion", "chat"]:
+        return "chat" if self.messages else "completion" if self.prompt else "text"
+
+    @property
+    def columns(self) -> list[str]:
+        return [name for name in (self.text, self.prompt, self.completion, self.messages) if name] or ["text"]
+
+
 class LabelledData(TextData):
     """Texts with a label each."""
 
     label: str = "label"
 
 
-class TaskBase(Strict):
-    """What every task says: data, adapter, and training in the words of transformers' ``TrainingArguments``."""
+class TokenData(Data):
+    """Columns of words and of their tags, two lists of one length."""
 
+    tokens: str = "tokens"
+    tags: str = "tags"
+
+
+class ImageData(Data):
+    """Pictures with a label each: paths from the data file's folder, or what `datasets` makes of pictures."""
+
+    image: str = "image"
+    label: str = "label"
+
+
+class PairData(Data):
+    """Texts, and what is to be written for each."""
+
+    source: str = "source"
+    target: str = "target"
+
+
+class EarlyStopping(Strict):
+    """Stop after ``patience`` evaluations on the tuning split without a loss lower by more than ``threshold``."""
+
+    patience: PositiveInt = 3
+    threshold: NonNegativeFloat = 0.0
+
+
+class TaskBase(Strict):
+    """What every task says: data, adapter, and training in the words of transformers' ``TrainingArguments``.
+
+    ``auto`` names the transformers class that loads the base. Each kind has a ``metric``, by which gains are counted.
+    """
+
+    auto: ClassVar[str]
     name: Name
     kind: TaskKind
     adapter: Adapter
     data: Data
     training: Annotated[dict[str, Any], BeforeValidator(_training)] = Field(default_factory=dict)
+    early_stopping: EarlyStopping | None = None
 
 
-class Classification(TaskBase):
-    """A frozen linear probe on mean-pooled features, then an adapter under it."""
+class ProbedTask(TaskBase):
+    """A linear probe on features of the base, then an adapter under it; ``head``: whether the probe trains with it."""
+
+    auto: ClassVar[str] = "AutoModel"
+    head: Literal["frozen", "trained"] = "frozen"
+    metric: Literal["accuracy", "f1", "loss"] = "accuracy"
+
+
+class Classification(ProbedTask):
+    """Classes of texts, whose features are means over the tokens."""
 
     kind: Literal["classification"]
     data: LabelledData
     max_length: PositiveInt = 128
 
 
-class CausalLM(TaskBase):
-    """Next-token prediction on text packed into blocks."""
+class TokenClassification(ProbedTask):
+    """Tags of words, each judged at its first token; ``f1`` is that of whole entities where the tags are BIO."""
 
+    kind: Literal["token-classification"]
+    data: TokenData
+    metric: Literal["accuracy", "f1", "loss"] = "f1"
+    max_length: PositiveInt = 128
+
+
+class ImageClassification(ProbedTask):
+    """Classes of pictures, whose features are means over the patches."""
+
+    kind: Literal["image-classification"]
+    data: ImageData
+
+
+class CausalLM(TaskBase):
+    """Next-token prediction on running text, on completions of prompts, or on the assistant's turns of chats.
+
+    ``loss`` looks at completions alone unless it is "all". ``packing`` (of running text alone unless given) fills rows
+    of ``block_size``: running text is cut into them; completions and chats stay whole, apart from each other, and are
+    cut only where one is longer. ``generate`` compares greedy answers of up to ``new_tokens`` with the last completion.
+    """
+
+    auto: ClassVar[str] = "AutoModelForCausalLM"
     kind: Literal["causal-lm"]
-    data: TextData
+    data: CausalData
+    training: Annotated[dict[str, Any], BeforeValidator(_training_of_trl)] = Field(default_factory=dict)
+    trainer: Trainer = "transformers"
+    metric: Literal["loss", "perplexity", "exact_match", "f1"] = "loss"
     block_size: PositiveInt = 512
+    loss: Literal["completion", "all"] | None = None
+    packing: bool | None = None
+    generate: bool = False
     prompt: str | None = None
     new_tokens: PositiveInt = 40
 
+    @property
+    def packs(self) -> bool:
+        return self.data.form == "text" if self.packing is None else self.packing
 
-Task = Classification | CausalLM
+    @model_validator(mode="after")
+    def _completions_are_needed(self) -> CausalLM:
+        for words, wanted in (("loss: completion", self.loss == "completion"), ("generate", self.generate)):
+            if wanted and self.data.form == "text":
+                raise ValueError(f"{words} needs completions: data with prompt and completion, or with messages")
+        if self.metric in ("exact_match", "f1") and not self.generate:
+            raise ValueError(f"metric {self.metric!r} needs answers of the model: set generate to true")
+        return self
+
+    @model_validator(mode="after")
+    def _trainer_knows_its_words(self) -> CausalLM:
+        if self.trainer == "trl" and find_spec("trl") is None:
+            raise ValueError("trainer 'trl' needs TRL: pip install 'orthoft[trl]'")
+        if self.trainer != "trl" and (of_trl := [word for word in SFT_WORDS if word in self.training]):
+            raise ValueError(f"training.{of_trl[0]} is a word of TRL: it needs trainer: trl")
+        return self
+
+
+class Seq2Seq(TaskBase):
+    """A text for a text; with ``generate`` the greedy answers, of up to ``new_tokens``, are compared with the targets.
+
+    ``prefix`` stands in front of each source and of ``prompt``, a source to show the answer to.
+    """
+
+    auto: ClassVar[str] = "AutoModelForSeq2SeqLM"
+    kind: Literal["seq2seq"]
+    data: PairData
+    metric: Literal["loss", "perplexity", "exact_match", "f1"] = "loss"
+    prefix: str = ""
+    max_source_length: PositiveInt = 256
+    max_target_length: PositiveInt = 64
+    generate: bool = False
+    prompt: str | None = None
+    new_tokens: PositiveInt = 40
+
+    @model_validator(mode="after")
+    def _answers_are_needed(self) -> Seq2Seq:
+        if self.metric in ("exact_match", "f1") and not self.generate:
+            raise ValueError(f"metric {self.metric!r} needs answers of the model: set generate to true")
+        return self
+
+
+Task = Classification | CausalLM | TokenClassification | ImageClassification | Seq2Seq

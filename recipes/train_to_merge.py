@@ -32,7 +32,8 @@ def save_subspaces(recipe: Recipe, base: Path, folder: Path) -> None:
     kinds = [kind_of(task, base) for task in recipe.tasks]
 
     def seen(kind: Kind[Any], examples: Sequence[Example], what: str) -> dict[str, Tensor]:
-        return covariances(model, kind.batches(examples, recipe.evaluate.batch_size, f"{what} inputs"), names)
+        batches = kind.batches(examples, recipe.evaluate.batch_size, f"{what} inputs")
+        return covariances(model, (kind.inputs(model, batch) for batch in batches), names)
 
     inputs, general = [], None
     if wanted.method in NEEDS_INPUTS:

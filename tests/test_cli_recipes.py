@@ -202,9 +202,3 @@ def test_the_schema_knows_the_training_arguments(tmp_path: Path, capsys: pytest.
     capsys.readouterr()
     assert outcome("schema") == 0
     assert json.loads(capsys.readouterr().out) == schema
-
-
-@pytest.mark.parametrize("command", ["ls", "cp", "validate", "schema"])
-def test_every_command_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert outcome(command, "--help") == 0
-    assert f"Example: orthoft recipes {command}" in " ".join(capsys.readouterr().out.split())

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import demo_data
+import demo_items
 import demo_texts
 from demo_texts import Row
 
@@ -95,6 +97,52 @@ def test_maths_and_german() -> None:
     assert [row.text for row in demo_texts.german_rows(exam)] == ["Was ist das?\nA. Eis."]
 
 
+def test_subjects_come_from_the_names_of_files() -> None:
+    question = json.dumps({"question": " Which nerve? ", "options": "A. ...", "answer": "A."})
+    files = {"Test/Anatomy.jsonl": question, "Validation/Anatomy.jsonl": question, "Test/Dental.jsonl": question}
+    assert list(demo_texts.medicine_rows(files)) == [Row("Which nerve?", "anatomy")] * 2
+
+
+def test_a_folder_of_a_wheel(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
+        for name in ("a/b/2.jsonl", "a/b/1.jsonl", "a/b/1.csv", "a/3.jsonl"):
+            wheel.writestr(name, name)
+    found = demo_texts.zip_folder(tmp_path / "a.whl", "a/b/", ".jsonl")
+    assert found == {"1.jsonl": "a/b/1.jsonl", "2.jsonl": "a/b/2.jsonl"}
+
+
+def test_sentences_that_go_on_and_those_that_do_not() -> None:
+    sample = {"type": "intersentence", "context": "The cook came in. ", "stereotype": "x", "unrelated": "Rain fell."}
+    lines = [sample | {"anti-stereotype": "He sang."}, sample | {"type": "intrasentence"}]
+    assert list(demo_texts.sequel_rows("\n".join(map(json.dumps, lines)))) == [
+        Row("The cook came in. He sang.", "sequel", "the cook came in"),
+        Row("The cook came in. Rain fell.", "other", "the cook came in"),
+    ]
+
+
+def test_verses_have_the_part_of_their_book() -> None:
+    starts = "{\n 1001001: 0,\n 43011035: 20,\n }"
+    source = f'bible = Bible(\n    """In the [first] day. Jesus wept.\n""",\n    {starts},\n {{1001001: 9}})'
+    assert list(demo_texts.scripture_rows(source)) == [Row("In the first day.", "law"), Row("Jesus wept.", "gospels")]
+    assert list(demo_texts.PARTS)[-1] == 66
+
+
+def test_speeches_are_cut_into_passages_of_whole_sentences() -> None:
+    long = " ".join(f"This is sentence number {i} of a long speech." for i in range(9))
+    table = f'party,speaker,text\ndemocrat,ANN,"Thank you.\n{long}"\nrepublican,BOB,Thanks.\n'
+    rows = list(demo_texts.speech_rows(table, per_speech=2))
+    assert [(row.label, row.group) for row in rows] == [("democrat", "ANN")] * 2 + [("republican", "BOB")]
+    assert rows[0].text.startswith("Thank you. This is sentence number 0")
+    assert all(row.text.endswith(".") for row in rows)
+    assert len(rows[0].text) >= demo_texts.PASSAGE
+
+
+def test_law_and_drama() -> None:
+    assert list(demo_texts.law_rows(json.dumps({"document": " On March 8th. "}))) == [Row("On March 8th.")]
+    scene = "HAMLET\nWords, words.\n\n \nPOLONIUS\nWhat matter?"
+    assert [row.text for row in demo_texts.drama_rows(scene)] == ["HAMLET\nWords, words.\n\nPOLONIUS\nWhat matter?"]
+
+
 def test_modules_are_groups_and_give_a_few_documents_each(tmp_path: Path) -> None:
     (tmp_path / "long.py").write_text("\n\n".join(f"x{i} = '{'y' * demo_texts.DOCUMENT}'" for i in range(9)))
     (tmp_path / "short.py").write_text("z = 1\n")
@@ -146,14 +194,14 @@ def test_an_archive_with_another_hash_is_not_taken(tmp_path: Path, monkeypatch: 
         demo_data.fetched("evals", tmp_path)
 
 
-def lay_out_with(maker: demo_data.Maker, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setitem(demo_data.ITEMS, "made_up", demo_data.Item(None, maker, "made-up texts", "none"))
+def lay_out_with(maker: demo_items.Maker, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setitem(demo_data.ITEMS, "made_up", demo_items.Item(None, maker, "made-up texts", "none"))
     demo_data.main(["--out", str(out), "--only", "made_up"])
     return out / "made_up"
 
 
 def make_small_task(archive: Path, folder: Path) -> str:
-    return demo_data.make_task(rows_of(60, 5), folder)
+    return demo_items.make_task(rows_of(60, 5), folder)
 
 
 def test_a_folder_is_named_when_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,69 @@ def save_llama(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
+def save_t5(folder: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    vocabulary = save_tokenizer(folder)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=vocabulary,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=0,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+
+
+def save_bart(folder: Path) -> None:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    vocabulary = save_tokenizer(folder)
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=vocabulary,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=64,
+        dropout=0.0,
+        init_std=0.3,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )
+    BartForConditionalGeneration(config).save_pretrained(folder)
+
+
+def save_vit(folder: Path) -> None:
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=16,
+        patch_size=4,
+        initializer_range=0.3,
+    )
+    ViTModel(config).save_pretrained(folder)
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -93,6 +156,62 @@ def text_task(folder: Path, step: int, seed: int) -> dict[str, str]:
         return {"text": " ".join(WORDS[(start + step * i) % len(WORDS)] for i in range(20))}
 
     sizes = {"train": 40, "tuning": 8, "test": 12}
+    return {split: write_rows(folder / f"{split}.jsonl", [row() for _ in range(n)]) for split, n in sizes.items()}
+
+
+def tag_task(folder: Path, offset: int, seed: int) -> dict[str, str]:
+    """Write sentences with BIO tags: half of the words belong to entities, and the word before decides on B or I."""
+    draw = random.Random(seed)
+
+    def row() -> dict[str, Any]:
+        tokens = draw.choices(WORDS, k=draw.randint(3, 7))
+        inside = [(WORDS.index(word) + offset) % 24 < 12 for word in tokens]
+        before = [False, *inside[:-1]]
+        return {
+            "tokens": tokens,
+            "tags": [("I-x" if was else "B-x") if now else "O" for was, now in zip(before, inside, strict=True)],
+        }
+
+    sizes = {"train": 96, "tuning": 24, "test": 48}
+    return {split: write_rows(folder / f"{split}.jsonl", [row() for _ in range(n)]) for split, n in sizes.items()}
+
+
+def image_task(folder: Path, shapes: tuple[str, str], seed: int) -> dict[str, str]:
+    """Write pictures of two shapes (disc, cross, ring), in any place and colour, as files beside the rows."""
+    from PIL import Image, ImageDraw
+
+    draw = random.Random(seed)
+
+    def row(name: str) -> dict[str, Any]:
+        shape, picture = draw.choice(shapes), Image.new("RGB", (20, 20), tuple(draw.choices(range(80), k=3)))
+        pen, (x, y), r = ImageDraw.Draw(picture), (draw.randint(6, 13), draw.randint(6, 13)), draw.randint(4, 6)
+        colour, box = tuple(draw.choices(range(120, 256), k=3)), (x - r, y - r, x + r, y + r)
+        if shape == "cross":
+            pen.line(box, fill=colour, width=2)
+            pen.line((x - r, y + r, x + r, y - r), fill=colour, width=2)
+        else:
+            pen.ellipse(box, fill=colour if shape == "disc" else None, outline=colour, width=2)
+        picture.save(folder / name)
+        return {"image": name, "label": shape}
+
+    folder.mkdir(parents=True)
+    sizes = {"train": 96, "tuning": 24, "test": 48}
+    return {
+        split: write_rows(folder / f"{split}.jsonl", [row(f"{split}{i}.png") for i in range(n)])
+        for split, n in sizes.items()
+    }
+
+
+def pair_task(folder: Path, step: int, seed: int) -> dict[str, str]:
+    """Write pairs of texts: the target has, for each word of the source, the word ``step`` further."""
+    draw = random.Random(seed)
+
+    def row() -> dict[str, Any]:
+        words = draw.choices(range(len(WORDS)), k=draw.randint(2, 5))
+        target = [WORDS[(i + step) % len(WORDS)] for i in words]
+        return {"source": " ".join(WORDS[i] for i in words), "target": " ".join(target)}
+
+    sizes = {"train": 96, "tuning": 16, "test": 32}
     return {split: write_rows(folder / f"{split}.jsonl", [row() for _ in range(n)]) for split, n in sizes.items()}
 
 

@@ -112,7 +112,7 @@ def make_parent(out: Path) -> None:
         with tempfile.TemporaryFile(dir=out.parent):
             pass
     except OSError as error:
-        raise OSError(f"nothing can be written into {out.parent} ({error.strerror})") from error
+        raise type(error)(f"nothing can be written into {out.parent} ({error.strerror})") from error
 
 
 def sharded(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], limit: int) -> list[Shard]:

@@ -4,50 +4,51 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from orthoft.citations import PAPERS, citation_section, cited_in
+from orthoft.loading import PIPELINES, auto_class, words_to_adapt, words_to_load
+from orthoft.merging.files.hub import find_folder
+from orthoft.merging.files.tensors import read_json
+from orthoft.merging.formats import READERS, Reader
 from orthoft.merging.methods import get_method
 from orthoft.merging.plan import PathLike, Sources, named_sources
+from orthoft.merging.reports.front_matter import Scored, front_matter
 from orthoft.merging.reports.report import MergeReport
 from orthoft.merging.spaces import SPACES
 from orthoft.merging.wish import wish_for
 
-ARXIV = re.compile(r"\b\d{4}\.\d{4,5}\b")
-LOAD = {
-    "checkpoint": 'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("this-folder")',
-    "lora": (
-        "from peft import PeftModel\nfrom transformers import AutoModel\n\n"
-        'model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "this-folder")'
-    ),
-    "rotation": (
-        "import orthoft\nfrom peft import PeftModel\nfrom transformers import AutoModel\n\n"
-        'model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "this-folder")'
-    ),
-    "delta": 'from orthoft.merging import merge\n\nmerge("{base}", ["this-folder"], "merged", method="mean")',
-}
 CARD = "README.md"
 LIBRARY = {"checkpoint": "transformers", "lora": "peft", "rotation": "peft", "delta": "orthoft"}
+AGAIN = 'from orthoft.merging import merge\n\nmerge("{base}", ["this-folder"], "merged", method="mean")'
 
 
-def model_card(report: MergeReport) -> str:
-    """Return the README.md of a merge: front matter of the Hub, sources, method, recipe, loading, citations."""
-    front = {
-        "base_model": report.base,
-        "base_model_relation": "merge" if report.output_kind == "checkpoint" else "adapter",
-        "library_name": LIBRARY[report.output_kind],
-        "tags": ["merge", "orthoft", report.method],
-    }
+def model_card(report: MergeReport, measured: Sequence[str] = (), results: Sequence[Scored] = ()) -> str:
+    """Return the README.md of a merge: front matter of the Hub, sources, method, numbers, loading, recipe, citations.
+
+    ``measured`` are lines to stand under the sources, ``results`` the scores for the front matter.
+    """
+    config = base_config(report.base)
+    auto, whole = auto_class(config), report.output_kind == "checkpoint"
+    front = front_matter(
+        base=report.base,
+        relation="merge" if whole else "adapter",
+        library=LIBRARY[report.output_kind],
+        tags=["merge", "orthoft", report.method],
+        pipeline=PIPELINES.get(auto) if report.output_kind != "delta" else None,
+        name=Path(report.output).name,
+        results=results,
+    )
     weights = dict(zip(report.sources, report.weights, strict=True))
     sources = [f"| {name} | {kind} | {weights[name]:g} |" for name, kind in report.sources.items()]
     spaces = dict.fromkeys(entry.space for entry in report.merged)
     lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False).rstrip(),
-        "---",
+        front,
         "",
         f"# A merge of {len(report.sources)} fine-tuned models",
         "",
@@ -60,9 +61,10 @@ def model_card(report: MergeReport) -> str:
         "|---|---|---|",
         *sources,
         "",
+        *(["## Measured", "", *measured, ""] if measured else []),
         "## Use",
         "",
-        f"```python\n{LOAD[report.output_kind].format(base=report.base)}\n```",
+        f"```python\n{_words(report, auto, 'auto_map' in config)}\n```",
         "",
         "## Recipe",
         "",
@@ -71,9 +73,25 @@ def model_card(report: MergeReport) -> str:
         f"```yaml\n{yaml.safe_dump(dict(report.config), sort_keys=False).rstrip()}\n```",
         "",
         *(["## Notes", "", *(f"* {note}" for note in report.notes), ""] if report.notes else []),
-        *(["## Cite", "", *_citations(report.method, spaces), ""]),
+        *citation_section(_citations(report, spaces)),
     ]
     return "\n".join(lines)
+
+
+def base_config(base: str) -> dict[str, Any]:
+    """Return the ``config.json`` of a model, empty where there is none that can be read."""
+    try:
+        return read_json(find_folder(base, "base") / "config.json")
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _words(report: MergeReport, auto: str, remote_code: bool) -> str:
+    if report.output_kind == "checkpoint":
+        return words_to_load(auto, "this-folder", remote_code)
+    if report.output_kind == "delta":
+        return AGAIN.format(base=report.base)
+    return words_to_adapt(auto, report.base, "this-folder", ours=report.output_kind == "rotation")
 
 
 def sources_config(
@@ -101,7 +119,7 @@ def without_defaults(words: Mapping[str, Any]) -> dict[str, Any]:
 
 def papers(function: Any) -> list[str]:
     """Return the arXiv ids in the docstring of a function's module."""
-    return ARXIV.findall(sys.modules[function.__module__].__doc__ or "")
+    return cited_in(sys.modules[function.__module__])
 
 
 def about(function: Any) -> str:
@@ -110,6 +128,13 @@ def about(function: Any) -> str:
     return re.sub(r"\.? *arXiv.*", "", text).rstrip(".")
 
 
-def _citations(method: str, spaces: Mapping[str, None]) -> list[str]:
-    found = {method: papers(get_method(method).merge), **{space: papers(SPACES[space].encode) for space in spaces}}
-    return [f"* {name}: https://arxiv.org/abs/{paper}" for name, ids in found.items() for paper in ids]
+def _citations(report: MergeReport, spaces: Iterable[str]) -> list[str]:
+    """Return the papers of the method, its spaces and the adapters that were merged."""
+    own = [papers(get_method(report.method).merge), *(papers(SPACES[space].encode) for space in spaces)]
+    kinds = (READERS[kind] for kind in report.sources.values() if kind in READERS)
+    return [*(paper for found in own for paper in found), *(paper for kind in kinds for paper in adapter_papers(kind))]
+
+
+def adapter_papers(kind: Reader) -> list[str]:
+    """Return the paper of an adapter format: the first that its reader names, if people can cite it from here."""
+    return [paper for paper in cited_in(kind.read)[:1] if paper in PAPERS]

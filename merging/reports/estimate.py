@@ -22,6 +22,7 @@ from orthoft.merging.weightwise import SLICE
 SPECTRAL, ENTRYWISE = (64, 160), (160, 512)  # sizes of the matrices on which a method is tried
 SETTING_UP = 0.15  # seconds, to open the files, and to write and sync what is small
 HEADERS = ("weight", "shape", "sources", "space", "rank", "reads", "writes", "GFLOP", "seconds", "memory")
+WORDS = 4  # columns, from the left, that hold words
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,19 @@ def estimates(plan: MergePlan, output: str = "checkpoint", rates: Rates | None =
 
 def plan_table(plan: MergePlan, output: str = "checkpoint", rates: Rates | None = None) -> str:
     """Return what a merge would do as text: a line for each weight, and the totals."""
+    lines = plan_rows(plan, output, rates)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADERS))]
+    text = [
+        "  ".join(
+            cell.ljust(w) if i < WORDS else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join([*(line.rstrip() for line in text), *(f"note: {note}" for note in plan.notes)])
+
+
+def plan_rows(plan: MergePlan, output: str = "checkpoint", rates: Rates | None = None) -> list[Sequence[str]]:
+    """Return the cells of `plan_table`, the names of its columns first."""
     costs = estimates(plan, output, rates)
     lines: list[Sequence[str]] = [HEADERS]
     for name, cost in costs.items():
@@ -120,15 +134,7 @@ def plan_table(plan: MergePlan, output: str = "checkpoint", rates: Rates | None 
         shape = " x ".join(map(str, item.shape))
         lines.append((name, shape, ", ".join(item.sources), item.space.name, rank, *_cells(cost)))
     lines.append(("total", f"{len(costs)} weights", "", "", "", *_cells(total(plan, costs))))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADERS))]
-    left = 4  # columns of words
-    text = [
-        "  ".join(
-            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([*(line.rstrip() for line in text), *(f"note: {note}" for note in plan.notes)])
+    return lines
 
 
 def total(plan: MergePlan, costs: Mapping[str, Estimate]) -> Estimate:

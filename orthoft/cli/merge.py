@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from orthoft.cli.app import app
+from orthoft.cli.commands import MERGE
+from orthoft.cli.output import Output
+
+if TYPE_CHECKING:
+    from orthoft.merging import MergeReport
 
 
 class As(StrEnum):
@@ -27,8 +33,9 @@ class Rescale(StrEnum):
     model = "model"
 
 
-@app.command()
+@app.command(rich_help_panel=MERGE)
 def merge(
+    out: Output,
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file with these options.")] = None,
     base: Annotated[str | None, typer.Option(metavar="MODEL", help="The base: a folder, or a name on the Hub.")] = None,
     source: Annotated[
@@ -67,14 +74,18 @@ def merge(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, weight by weight.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
 ) -> None:
-    """Merge adapters and checkpoints of one base, on disk, by a YAML file, by options, or both (options win).
+    """Merge adapters and checkpoints of one base, on disk.
 
-    An interrupted merge goes on where it stopped when the same command is given again. Under `accelerate launch` or
-    `torchrun` the processes share the work.
+    What to merge is said by a YAML file, by options, or by both: options win. An interrupted merge goes on where it
+    stopped when the same command is given again. Under `accelerate launch` or `torchrun` the processes share the work.
 
     Example: orthoft merge --base bert --source runs/a --source law=runs/b:0.5 --method ties --output merged
 
     Example: orthoft merge merge.yaml --set params.density=0.3 --dry-run
+
+    Example: orthoft merge merge.yaml --as lora --rank 16 --output merged-lora --device auto --threads 2
+
+    In Python: orthoft.merging.merge("bert", ["runs/a", "runs/b"], "merged", method="ties")
     """
     given = {
         "base": base,
@@ -101,20 +112,24 @@ def merge(
 
     arguments = load_job(with_statistics(read(config), given, statistics or ()), set_ or ()).arguments()
     if dry_run:
-        typer.echo(planned(arguments))
+        out.show(*planned(arguments))
         return
     from orthoft.merging import merge as merge_models
 
     report = merge_models(**arguments, overwrite=overwrite, progress=sys.stderr.isatty())
-    for note in report.notes:
-        typer.echo(f"note: {note}")
+    for line in remarks(report, arguments["rank"]):
+        out.say(line)
+    done = f"{len(report.merged)} weights merged by {report.method}, change of norm {report.norm:.4g}"
+    out.show(report.to_dict(), f"{arguments['out']}: {done}")
+
+
+def remarks(report: MergeReport, rank: int | None) -> Iterator[str]:
+    """Give what is worth knowing of a merge that is done."""
+    yield from (f"note: {note}" for note in report.notes)
     for where, lost in report.not_carried.items():
-        typer.echo(f"not carried from {where}: {', '.join(lost)}")
+        yield f"not carried from {where}: {', '.join(lost)}"
     if report.truncation_error:
-        typer.echo(f"truncated to rank {arguments['rank']}: relative error {report.truncation_error:.3g}")
-    typer.echo(
-        f"{arguments['out']}: {len(report.merged)} weights merged by {report.method}, change of norm {report.norm:.4g}"
-    )
+        yield f"truncated to rank {rank}: relative error {report.truncation_error:.3g}"
 
 
 def read(config: Path | None) -> dict[str, Any]:
@@ -145,17 +160,27 @@ def with_statistics(words: Mapping[str, Any], given: Mapping[str, Any], statisti
     return {**words, "sources": sources}
 
 
-def planned(arguments: Mapping[str, Any]) -> str:
-    """Return the plan of a merge as a table."""
+def planned(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return the plan of a merge as plain values and as a table."""
     from orthoft.merging import plan
     from orthoft.merging.outputs import Options, get_output
-    from orthoft.merging.reports.estimate import plan_table
+    from orthoft.merging.reports.estimate import WORDS, calibrate, estimates, plan_rows, plan_table, total
+    from orthoft.recipes.table import Table
 
     beside = ("out", "output", "dtype", "rank", "max_shard_size", "device", "diagnostics")
     todo = plan(**{key: value for key, value in arguments.items() if key not in beside})
     chosen = {key: arguments[key] for key in ("dtype", "rank", "max_shard_size")}
     get_output(arguments["output"])(todo, Options(str(arguments["base"]), **chosen))  # refuses what it could not write
-    return plan_table(todo, arguments["output"])
+    rates = calibrate(todo.wish.method, todo.wish.bound()[0], todo.wish.weights)
+    costs = estimates(todo, arguments["output"], rates)
+    weights = {
+        name: {"shape": item.shape, "sources": item.sources, "space": item.space.name, "rank": item.rank}
+        | asdict(costs[name])
+        for name, item in todo.merged.items()
+    }
+    told = {"weights": weights, "total": asdict(total(todo, costs)), "notes": list(todo.notes)}
+    kind, notes = arguments["output"], "\n".join(f"note: {note}" for note in todo.notes)
+    return told, Table(plan_table(todo, kind, rates), plan_rows(todo, kind, rates), WORDS, notes)
 
 
 def parse_source(text: str) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from typing import Annotated
 import typer
 
 from orthoft.cli.app import Overrides, app
+from orthoft.cli.commands import START, Commands
+from orthoft.cli.output import Output
 
-group = typer.Typer(rich_markup_mode=None)
+group = Commands()
 
 
 class Kind(StrEnum):
@@ -30,20 +32,25 @@ def recipes() -> None:
 
 
 @group.command()
-def ls(json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+def ls(out: Output) -> None:
     """List the recipes that ship with orthoft.
 
     Example: orthoft recipes ls
+
+    In Python: orthoft.recipes.shipped.shipped()
     """
     from orthoft.recipes.shipped import shipped
+    from orthoft.recipes.table import Table
 
     found = shipped()
     wide = max(map(len, found))
-    typer.echo(json.dumps(found, indent=2) if json_ else "\n".join(f"{n:{wide}}  {line}" for n, line in found.items()))
+    text = "\n".join(f"{name:{wide}}  {line}" for name, line in found.items())
+    out.show(found, Table(text, [("recipe", "what it shows"), *found.items()], words=2))
 
 
 @group.command()
 def cp(
+    out: Output,
     name: Annotated[str, typer.Argument(help="One that `orthoft recipes ls` lists.")],
     dest: Annotated[
         Path | None, typer.Argument(metavar="[DEST]", help="A file or a folder; here unless given.")
@@ -52,28 +59,36 @@ def cp(
     """Copy a recipe, to change it; a file that exists is never replaced.
 
     Example: orthoft recipes cp minilm mine.yaml
+
+    In Python: orthoft.recipes.shipped.copy("minilm", "mine.yaml")
     """
     from orthoft.recipes.shipped import copy
 
-    typer.echo(str(copy(name, dest)))
+    file = str(copy(name, dest))
+    out.show({"file": file}, file)
 
 
 @group.command()
 def validate(
+    out: Output,
     file: Annotated[Path, typer.Argument(help="The YAML file of a recipe, or of `orthoft merge`.")],
     set_: Overrides = None,
 ) -> None:
-    """Check a recipe or the YAML file of a merge before any work: "ok", or one line per mistake.
+    """Check a recipe, or the YAML file of a merge, before any work: "ok", or one line per mistake.
 
     Example: orthoft recipes validate mine.yaml --set merge.method=ties
+
+    In Python: orthoft.recipes.shipped.validate("mine.yaml", ["merge.method=ties"])
     """
     from orthoft.recipes.shipped import validate as check
 
-    typer.echo(f"ok, a {check(file, set_ or ())}")
+    kind = check(file, set_ or ())
+    out.show({"file": str(file), "kind": kind}, f"ok, a {kind}")
 
 
 @group.command()
 def schema(
+    out: Output,
     file: Annotated[
         Path | None, typer.Argument(metavar="[FILE]", help="Where to write it; printed unless given.")
     ] = None,
@@ -87,15 +102,18 @@ def schema(
     Example: orthoft recipes schema recipe.schema.json
 
     Example: orthoft recipes schema merge.schema.json --of merge
+
+    In Python: orthoft.recipes.shipped.json_schema("merge")
     """
     from orthoft.recipes.shipped import json_schema, write_schema
 
-    text = json.dumps(json_schema(of.value), indent=2)
+    found = json_schema(of.value)
+    text = json.dumps(found, indent=2)
     if file is None:
-        typer.echo(text)
+        out.show(found, text)
     else:
         write_schema(text + "\n", file, overwrite)
-        typer.echo(str(file))
+        out.show({"file": str(file)}, str(file))
 
 
-app.add_typer(group, name="recipes")
+app.add_typer(group, name="recipes", rich_help_panel=START)

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from orthoft.cli.app import Overrides, RecipeFile, app
+from orthoft.cli.app import Device, Dtype, Overrides, RecipeFile, app
+from orthoft.cli.commands import MERGE
+from orthoft.cli.output import Output
 
 
 class Objective(StrEnum):
@@ -16,8 +18,9 @@ class Objective(StrEnum):
     loss = "loss"
 
 
-@app.command()
+@app.command(rich_help_panel=MERGE)
 def search(
+    out: Output,
     recipe: RecipeFile,
     trials: Annotated[int | None, typer.Option(help="Merges to try in all; 50 unless given.")] = None,
     minutes: Annotated[float | None, typer.Option(help="How long to begin new ones.")] = None,
@@ -35,23 +38,29 @@ def search(
     equal_weights: Annotated[bool, typer.Option("--equal-weights", help="Leave the tasks' weights at 1.")] = False,
     memory: Annotated[float, typer.Option(help="GB that weights and deltas may take beside the model.")] = 8.0,
     seed: Annotated[int | None, typer.Option(help="Of the trials; the recipe's unless given.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     set_: Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget the trials of an earlier search.")] = False,
 ) -> None:
-    """Find method, space, scale, weights and parameters for the merge of a recipe's experts, on their tuning splits.
+    """Find the best merge of a recipe's experts.
 
-    The experts are read once; each trial merges them in memory. The best is scored on the test splits, once. A search
-    that was interrupted, or is given more trials, goes on where it stopped.
+    Method, space, scale, weights and parameters are tried on the tuning splits. The experts are read once; each trial
+    merges them in memory. The best is scored on the test splits, once. A search that was interrupted, or is given more
+    trials, goes on where it stopped.
 
     Example: orthoft search recipes/configs/minilm.yaml --trials 50
 
     Example: orthoft search recipes/configs/minilm.yaml --minutes 10 --method ties --method opcm --equal-weights
+
+    In Python: orthoft.recipes.search.search("recipes/configs/minilm.yaml", trials=50)
     """
     from orthoft.recipes.search import search as search_merge
+    from orthoft.recipes.search_report import call
 
-    search_merge(
+    found = search_merge(
         recipe,
-        set_ or (),
+        out.overrides(set_, device=device, dtype=dtype),
         trials=trials,
         minutes=minutes,
         methods=method or None,
@@ -63,5 +72,6 @@ def search(
         memory=memory,
         seed=seed,
         overwrite=overwrite,
-        say=typer.echo,
+        say=out.say,
     )
+    out.show(found, call(found["merge"]), said=True)

@@ -1,8 +1,22 @@
-"""Adapters in other people's formats: as a LoRA, and to and from PEFT's own OFT, HRA and PSOFT."""
+"""Adapters in other people's formats: as LoRA, PEFT's own OFT, HRA and PSOFT, GGUF; models for the Hub."""
 
+from orthoft.convert.check import serving_notes
 from orthoft.convert.conversion import Conversion, LayerReport
 from orthoft.convert.inward import from_peft
 from orthoft.convert.lora import to_lora
 from orthoft.convert.outward import to_peft
+from orthoft.convert.to_gguf import GgufFile, to_gguf
+from orthoft.merging.files.upload import Push, push_to_hub
 
-__all__ = ["Conversion", "LayerReport", "from_peft", "to_lora", "to_peft"]
+__all__ = [
+    "Conversion",
+    "GgufFile",
+    "LayerReport",
+    "Push",
+    "from_peft",
+    "push_to_hub",
+    "serving_notes",
+    "to_gguf",
+    "to_lora",
+    "to_peft",
+]

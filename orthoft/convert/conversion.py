@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from orthoft.convert.card import conversion_card
 from orthoft.errors import unknown
 from orthoft.merging.files.hub import base_of, find_folder
 from orthoft.merging.files.tensors import TensorFolder
-from orthoft.merging.files.writer import new_folder, refuse_existing, write_json
+from orthoft.merging.files.writer import new_folder, refuse_existing, write_json, write_text
+from orthoft.merging.reports.card import CARD
 from orthoft.merging.sources.adapter import AdapterSource
 from orthoft.merging.sources.names import EMBEDDING
 
@@ -69,7 +71,7 @@ class Conversion:
         return max(self.layers, key=lambda layer: layer.error)
 
     def save(self, out: str | Path, overwrite: bool = False) -> None:
-        """Write the folder of the adapter; it appears only when it is complete.
+        """Write the folder of the adapter, with a model card; it appears only when it is complete.
 
         Raises:
             FileExistsError: ``out`` exists and may not be overwritten.
@@ -78,6 +80,7 @@ class Conversion:
             write_json(folder / "adapter_config.json", self.config)
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
             save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+            write_text(folder / CARD, conversion_card(self.config, len(self.layers), self.error, self.worst.error))
 
     def require(self, tolerance: float, reason: str) -> None:
         """Raise a ValueError that gives ``reason`` if a layer's error exceeds the tolerance."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from orthoft.convert.conversion import COMMON, Conversion, Kind, LayerReport, keys, open_adapter
+from orthoft.convert.padding import at_one_rank
 from orthoft.delta import Delta, LowRank
 from orthoft.linalg import at_least_float32
 from orthoft.merging.files.writer import refuse_existing
@@ -35,6 +36,7 @@ def to_lora(
     *,
     base: str | Path | None = None,
     rank: int | None = None,
+    pad_rank: bool = False,
     adapter_name: str = "default",
     overwrite: bool = False,
     progress: bool = False,
@@ -50,6 +52,7 @@ def to_lora(
         out: folder to write, refused if it exists, without ``overwrite``; None to write nothing.
         base: folder or Hub id of the base model of a folder; the one its configuration names if None.
         rank: rank of the LoRA, None for the exact one.
+        pad_rank: give all layers one rank, filled up with zeros, as some programs that serve LoRAs need it.
         adapter_name: which adapter of a PeftModel.
         progress: show a bar.
 
@@ -67,6 +70,8 @@ def to_lora(
         conversion = _from_folder(adapter, base, rank, progress)
     else:
         conversion = _from_model(adapter, adapter_name, rank, progress)
+    if pad_rank:
+        conversion = at_one_rank(conversion)
     if out is not None:
         conversion.save(out, overwrite)
     return conversion

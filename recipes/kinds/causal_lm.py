@@ -1,9 +1,11 @@
-"""Next-token prediction."""
+"""Next-token prediction: running text, completions of prompts, chats."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 
 from orthoft.recipes.data import Row
 from orthoft.recipes.head import Head
+from orthoft.recipes.kinds.chat import as_chat, chat_tokens, last_answer
 from orthoft.recipes.kinds.kind import (
     IGNORED,
     Batch,
@@ -19,56 +22,147 @@ from orthoft.recipes.kinds.kind import (
     Kind,
     Scores,
     TaskData,
+    filled,
     on_device,
     padded,
     padded_labels,
 )
+from orthoft.recipes.kinds.marked import Marked, as_example, has_labels, tokens_of
+from orthoft.recipes.kinds.packing import keeps_apart, packed, positions, unpacked
+from orthoft.recipes.metrics import exact_match, token_f1
 from orthoft.recipes.task_schema import CausalLM
 
 
 class CausalLanguageModel(Kind[CausalLM]):
-    """Running text in blocks of ``block_size`` tokens."""
+    """Blocks of running text, or completions and chats with a loss on what is to be written.
 
-    auto = "AutoModelForCausalLM"
+    Completions and chats are packed for training alone: whoever asks for `batches` sees them one by one.
+    """
+
+    auto = CausalLM.auto
     peft_task = "CAUSAL_LM"
 
+    def __init__(self, task: CausalLM, base: Path) -> None:
+        super().__init__(task, base)
+        self.left_out = 0  # examples without a label in their first block_size tokens
+
     def columns(self) -> list[str]:
-        return [self.task.data.text]
+        return self.task.data.columns
 
     def about(self, data: TaskData) -> str:
-        return f"blocks of {len(data.train[0]['input_ids'])}"
+        if self.task.packs and self.task.data.form == "text":
+            return f"blocks of {len(data.train[0]['input_ids'])}"
+        lengths = [length for row in data.train for length in row.get("lengths", (len(row["input_ids"]),))]
+        words = f"{min(lengths)} to {max(lengths)} tokens"
+        if self.task.packs:
+            words = f"{len(lengths)} of {words} packed for training"
+        return f"{words}; {self.left_out} too long to have a label left out" if self.left_out else words
 
     def examples(self, rows: Sequence[Row], classes: Sequence[str], split: str) -> list[Example]:
+        """Return blocks, or one example a row without those whose labels are all cut off; train examples packed.
+
+        Raises:
+            ValueError: texts that fill no block, or rows of which none has a label.
+        """
+        where, size = f"{self.task.name} {split}", self.task.block_size
+        if self.task.packs and self.task.data.form == "text":
+            return self._blocks(filled(rows, self.columns()[0], where), where)
+        found = list(self._of_rows(rows, where))
+        kept = [example for example in found if has_labels(example)]
+        if not kept:
+            raise ValueError(f"{where}: no row has a token to learn among its first {size}: raise block_size")
+        self.left_out += len(found) - len(kept)
+        return packed(kept, size) if self.task.packs and split == "train" else kept
+
+    def _blocks(self, texts: Sequence[str], where: str) -> list[Example]:
         """Return blocks of the texts one after the other, each text ended by the end-of-text token."""
-        texts = [str(row[self.task.data.text]) for row in rows]
         end = [] if self.processor.eos_token_id is None else [self.processor.eos_token_id]
-        stream = [token for ids in self.processor(texts, verbose=False)["input_ids"] for token in [*ids, *end]]
-        size, name = self.task.block_size, f"{self.task.name} {split}"
+        ids, size = self.processor(texts, verbose=False)["input_ids"], self.task.block_size
+        stream = list(chain.from_iterable(chain.from_iterable((each, end) for each in ids)))
         blocks = [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]
         if not blocks:
-            raise ValueError(f"{name}: {len(stream)} tokens do not fill one block of {size}; lower block_size")
+            raise ValueError(f"{where}: {len(stream)} tokens do not fill one block of {size}; lower block_size")
         return [{"input_ids": block, "labels": block} for block in blocks]
+
+    def _of_rows(self, rows: Sequence[Row], where: str) -> Iterator[Example]:
+        """Yield each row as an example, with labels or without."""
+        task, size, end = self.task, self.task.block_size, self.processor.eos_token or ""
+        everything = task.loss == "all"
+        if task.data.form == "chat":
+            chats = [as_chat(row[task.data.messages], where) for row in rows]
+            tokens = chat_tokens(self.processor, chats, size, where, everything and not task.generate)
+            targets = [last_answer(chat) for chat in chats]
+        else:
+            targets = filled(rows, self.columns()[-1], where)
+            prompts = filled(rows, task.data.prompt, where) if task.data.prompt else [""] * len(rows)
+            texts = [prompt + target + end for prompt, target in zip(prompts, targets, strict=True)]
+            spans = [[(len(prompt), len(text))] for prompt, text in zip(prompts, texts, strict=True)]
+            tokens = tokens_of(self.processor, list(map(Marked, texts, spans)), size, where)
+        return (as_example(each, target, everything) for each, target in zip(tokens, targets, strict=True))
 
     def texts(self, texts: Sequence[str]) -> list[Example]:
         ids = self.processor(list(texts), truncation=True, max_length=self.task.block_size)["input_ids"]
         return [{"input_ids": each, "labels": each} for each in ids]
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        return padded(examples, self.processor.pad_token_id) | {"labels": padded_labels(examples)}
+        """Return a batch; packed rows have positions that keep their examples apart, and no mask."""
+        batch = padded(examples, self.processor.pad_token_id) | {"labels": padded_labels(examples)}
+        if "lengths" not in examples[0]:
+            return batch
+        del batch["attention_mask"]
+        return batch | {"position_ids": positions(examples)}
+
+    def chunks(self, examples: Sequence[Example], size: int, what: str) -> Iterator[list[Example]]:
+        return super().chunks([one for row in examples for one in unpacked(row)], size, what)
+
+    def trained(self, model: nn.Module, head: Head | None) -> nn.Module:
+        """Return the model itself.
+
+        Raises:
+            ValueError: examples are packed, and the model would let them see each other.
+        """
+        if self.task.packs and self.task.data.form != "text" and not keeps_apart(model):
+            raise ValueError(
+                f"{self.task.name}: this model lets packed examples see each other: set packing to false, "
+                "or take a base with attention by sdpa or eager"
+            )
+        return model
 
     @torch.no_grad()
-    def score(self, model: nn.Module, head: Head | None, examples: Sequence[Example], size: int, what: str) -> Scores:
-        """Return the mean loss per predicted token (nats), and its exponential."""
+    def score(self, model: Any, head: Head | None, examples: Sequence[Example], size: int, what: str) -> Scores:
+        """Return the mean loss per labelled token (nats), its exponential, and the scores of answers if wanted.
+
+        ``exact_match`` and ``f1`` are the means over the examples, see `orthoft.recipes.metrics`.
+        """
         model.eval()
-        total, count = 0.0, 0
-        for batch in self.batches(examples, size, what):
-            there = on_device(batch, model)
-            labels = there.pop("labels")[:, 1:]  # (b, t - 1)
-            logits = model(**there).logits[:, :-1].flatten(0, 1).float()
-            total += F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum").item()
-            count += int((labels != IGNORED).sum())
+        total, count, same, shared = 0.0, 0, 0.0, 0.0
+        for chunk in self.chunks(examples, size, what):
+            batch = on_device(self.collate(chunk), model)
+            labels = batch.pop("labels")[:, 1:]  # (b, t - 1)
+            chosen = labels != IGNORED
+            logits = model(**batch).logits[:, :-1][chosen].float()  # (n, words)
+            total += F.cross_entropy(logits, labels[chosen], reduction="sum").item()
+            count += len(logits)
+            if self.task.generate:
+                asked = [example["input_ids"][: example["answer"]] for example in chunk]
+                pairs = list(zip(self.written(model, asked), (example["target"] for example in chunk), strict=True))
+                same += sum(exact_match(*pair) for pair in pairs)
+                shared += sum(token_f1(*pair) for pair in pairs)
         loss = total / count
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        answers = {"exact_match": same / len(examples), "f1": shared / len(examples)} if self.task.generate else {}
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **answers}
+
+    def written(self, model: Any, prompts: Sequence[Sequence[int]]) -> list[str]:
+        """Return the greedy continuation of prompts, filled on the left: the same model writes the same text."""
+        tokenizer, device = self.processor, next(model.parameters()).device
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        rows = [torch.tensor(prompt) for prompt in prompts]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad or 0, padding_side="left")
+        missing = torch.tensor([ids.shape[1] - len(row) for row in rows])
+        mask = (torch.arange(ids.shape[1]) >= missing[:, None]).long()
+        words = {"max_new_tokens": self.task.new_tokens, "do_sample": False, "num_beams": 1, "pad_token_id": pad}
+        found = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), **words)
+        return [str(text) for text in tokenizer.batch_decode(found[:, ids.shape[1] :], skip_special_tokens=True)]
 
     @property
     def prompt(self) -> str | None:
@@ -76,13 +170,13 @@ class CausalLanguageModel(Kind[CausalLM]):
 
     @torch.no_grad()
     def sample(self, model: Any) -> str | None:
-        """Return the greedy continuation of the task's prompt: the same model writes the same text."""
+        """Return the greedy continuation of the task's prompt, which is a user's turn where the data are chats."""
         if self.prompt is None:
             return None
         model.eval()
-        tokenizer = self.processor
-        inputs = tokenizer(self.prompt, return_tensors="pt").to(next(model.parameters()).device)
-        inputs.pop("token_type_ids", None)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        written = model.generate(**inputs, max_new_tokens=self.task.new_tokens, do_sample=False, pad_token_id=pad)
-        return str(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        if self.task.data.form == "chat":
+            turn = [{"role": "user", "content": self.prompt}]
+            asked = self.processor.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+        else:
+            asked = self.processor(self.prompt)["input_ids"]
+        return self.written(model, [asked])[0]

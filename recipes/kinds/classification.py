@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from orthoft.recipes.data import Row
 from orthoft.recipes.head import pooled
-from orthoft.recipes.kinds.kind import Batch, Example, class_indices, class_names, padded
+from orthoft.recipes.kinds.kind import Batch, Example, class_indices, class_names, filled, padded
 from orthoft.recipes.kinds.probed import Probed
 from orthoft.recipes.task_schema import Classification
 
@@ -25,8 +25,9 @@ class SequenceClassification(Probed[Classification]):
         return class_names([row[self.task.data.label] for row in rows])
 
     def examples(self, rows: Sequence[Row], classes: Sequence[str], split: str) -> list[Example]:
-        labels = class_indices([row[self.task.data.label] for row in rows], classes, f"{self.task.name} {split}")
-        found = self.texts([str(row[self.task.data.text]) for row in rows])
+        where = f"{self.task.name} {split}"
+        labels = class_indices([row[self.task.data.label] for row in rows], classes, where)
+        found = self.texts(filled(rows, self.task.data.text, where))
         return [example | {"labels": label} for example, label in zip(found, labels, strict=True)]
 
     def texts(self, texts: Sequence[str]) -> list[Example]:

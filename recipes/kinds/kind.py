@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from orthoft.recipes.data import Row, read_splits, require
 from orthoft.recipes.head import Head
@@ -37,18 +37,28 @@ class TaskData:
 class Kind(ABC, Generic[T]):
     """One task and the processor of its base: rows become examples, examples batches, batches scores.
 
-    ``auto`` names the transformers class that loads the base, ``peft_task`` PEFT's word for the task.
+    ``auto`` and ``reader`` name the transformers classes that load the base and what turns raw values into its inputs,
+    ``peft_task`` is PEFT's word for the task.
     """
 
     auto: ClassVar[str]
+    reader: ClassVar[str] = "AutoTokenizer"
     peft_task: ClassVar[str | None] = None
 
     def __init__(self, task: T, base: Path) -> None:
         self.task, self.processor = task, self.load_processor(base)
 
     def load_processor(self, base: Path) -> Any:
-        """Return what turns raw values into the model's inputs."""
-        return AutoTokenizer.from_pretrained(str(base))
+        """Return what turns raw values into the model's inputs.
+
+        Raises:
+            ValueError: the base has none.
+        """
+        try:
+            return getattr(transformers, self.reader).from_pretrained(str(base))
+        except (OSError, ValueError, ImportError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"{self.task.name}: {base} has nothing for {self.reader} to read ({first})") from None
 
     @abstractmethod
     def columns(self) -> list[str]:
@@ -74,6 +84,10 @@ class Kind(ABC, Generic[T]):
         """Return general texts as examples without labels, see ``train_to_merge.general``."""
         raise ValueError(f"a task of kind {self.task.kind!r} does not read texts")
 
+    def inputs(self, model: Any, batch: Batch) -> Batch:
+        """Return a batch without labels: all that the layers of a model see."""
+        return {key: value for key, value in batch.items() if key != "labels"}
+
     def fit(self, model: nn.Module, data: TaskData, size: int) -> Head:
         """Return the head that is fitted on the frozen base, of kinds that have one."""
         raise TypeError(f"a task of kind {self.task.kind!r} has no head")
@@ -81,6 +95,10 @@ class Kind(ABC, Generic[T]):
     def trained(self, model: nn.Module, head: Head | None) -> nn.Module:
         """Return what the Trainer trains: a module that returns a loss."""
         return model
+
+    def learnt(self, trained: nn.Module, head: Head | None) -> Head | None:
+        """Return the head as it is after training, of tasks that train it; every process calls it."""
+        return None
 
     @abstractmethod
     def score(self, model: nn.Module, head: Head | None, examples: Sequence[Example], size: int, what: str) -> Scores:
@@ -108,11 +126,15 @@ class Kind(ABC, Generic[T]):
         found = {split: self.examples(rows[split], classes, split) for split in rows}
         return TaskData(found["train"], found["tuning"], found["test"], classes)
 
+    def chunks(self, examples: Sequence[Example], size: int, what: str) -> Iterator[list[Example]]:
+        """Yield lists of examples of like length under a progress bar."""
+        ordered = sorted(examples, key=lambda example: len(example.get("input_ids", ())))
+        for start in tqdm(range(0, len(ordered), size), desc=what, leave=False, disable=None):
+            yield ordered[start : start + size]
+
     def batches(self, examples: Sequence[Example], size: int, what: str) -> Iterator[Batch]:
         """Yield batches of examples of like length under a progress bar."""
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i].get("input_ids", ())))
-        for start in tqdm(range(0, len(order), size), desc=what, leave=False, disable=None):
-            yield self.collate([examples[i] for i in order[start : start + size]])
+        return map(self.collate, self.chunks(examples, size, what))
 
 
 def class_names(values: Sequence[Any]) -> list[str]:
@@ -139,6 +161,18 @@ def class_indices(values: Sequence[Any], classes: Sequence[str], where: str) -> 
         known = ", ".join(classes)
         raise ValueError(f"{where}: label {strange[0]!r} is not in the train split, which has {known}")
     return [index[str(value)] for value in values]
+
+
+def filled(rows: Sequence[Row], column: str, where: str) -> list[str]:
+    """Return the texts of a column.
+
+    Raises:
+        ValueError: one is empty.
+    """
+    texts = [str(row[column]) for row in rows]
+    if empty := [i for i, text in enumerate(texts) if not text.strip()]:
+        raise ValueError(f"{where}: {len(empty)} of {len(rows)} rows have an empty {column!r}: leave them out")
+    return texts
 
 
 def padded(examples: Sequence[Example], pad: int | None) -> Batch:

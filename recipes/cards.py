@@ -1,0 +1,145 @@
+"""Model cards of a run: of every expert with its scores and its training, of every merge with the table of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orthoft.citations import citation_section
+from orthoft.loading import LEARNT_FROM_US, PIPELINES, WITHOUT_US, words_to_adapt
+from orthoft.merging import MergeReport
+from orthoft.merging.files.tensors import read_json
+from orthoft.merging.files.writer import write_text
+from orthoft.merging.formats import READERS
+from orthoft.merging.reports.card import CARD, adapter_papers, model_card
+from orthoft.merging.reports.front_matter import Scored, front_matter
+from orthoft.recipes.kinds import KINDS
+from orthoft.recipes.table import MERGED, Rows, table
+
+Results = Mapping[str, Any]
+# The Hub's words for our kinds of task; a kind that it calls as we do is not here.
+HUB_TASKS = {
+    "classification": "text-classification",
+    "causal-lm": "text-generation",
+    "chat": "text-generation",
+    "seq2seq": "text2text-generation",
+    "embeddings": "feature-extraction",
+}
+
+
+def write_cards(results: Results) -> list[Path]:
+    """Write README.md into the folders of a finished run's experts and merges, by its ``results.json``."""
+    cards = {Path(told["folder"]): expert_card(results, task) for task, told in results["experts"].items()}
+    for row in MERGED:
+        if row in results:
+            folder = Path(results[row]["output"])
+            cards[folder] = model_card(MergeReport.load(folder), measured(results, row), scored(results, row))
+    for folder, text in cards.items():
+        write_text(folder / CARD, text)
+    return [folder / CARD for folder in cards]
+
+
+def expert_card(results: Results, task: str) -> str:
+    """Return the model card of one task's expert."""
+    told, recipe = results["experts"][task], results["recipe"]
+    auto = KINDS[kind_of(results, task)].auto
+    config = read_json(Path(told["folder"]) / "adapter_config.json")
+    kind = str(config["peft_type"])
+    name, ours = kind.removeprefix("ORTHOFT_"), kind.startswith("ORTHOFT_")
+    front = front_matter(
+        base=recipe["base"],
+        relation="adapter",
+        library="peft",
+        tags=[name.lower(), "orthoft"],
+        pipeline=PIPELINES.get(auto),
+        name=task,
+        results=scored(results, task),
+    )
+    lines = [
+        front,
+        "",
+        f"# {name} adapter for {task}",
+        "",
+        *markdown([["", ""], *_facts(results, task, name)], numbers=False),
+        "",
+        *_scores(results, task),
+        "## Use",
+        "",
+        f"```python\n{words_to_adapt(auto, recipe['base'], 'this-folder', ours)}\n```",
+        "",
+        *_export(ours),
+        *citation_section(adapter_papers(READERS[kind]) if kind in READERS else []),
+    ]
+    return "\n".join(lines)
+
+
+def measured(results: Results, row: str) -> list[str]:
+    """Return the lines on a merge's scores: base, experts and merge by task, and the share of the gain it keeps."""
+    others = [name for name in MERGED if name != row]
+    scores = {name: by_task for name, by_task in results["scores"].items() if name not in others}
+    names = list(results["experts"])
+    if row != "merge":  # whose gain the table tells of
+        scores["merge"] = scores.pop(row)
+    rows = table(scores, names, results["recipe"]["tasks"][0]["kind"]).rows
+    return [
+        *markdown(rows),
+        "",
+        "On the test splits, one seed. Gain kept is (merge - base) / (expert - base), a share of what training gained.",
+    ]
+
+
+def scored(results: Results, row: str) -> list[Scored]:
+    """Return the scores of a row, by task, for the front matter."""
+    by_task = results["scores"].get(row, {})
+    return [Scored(task, hub_task(kind_of(results, task)), scores) for task, scores in by_task.items()]
+
+
+def kind_of(results: Results, task: str) -> str:
+    """Return the kind of a task of the run."""
+    return next(str(one["kind"]) for one in results["recipe"]["tasks"] if one["name"] == task)
+
+
+def hub_task(kind: str) -> str:
+    """Return the Hub's word for a kind of task."""
+    return HUB_TASKS.get(kind, kind)
+
+
+def markdown(rows: Rows, numbers: bool = True) -> list[str]:
+    """Return rows as lines of a Markdown table, the first one as its head; numbers stand to the right."""
+    head, *body = rows
+    lines = [f"| {' | '.join(row)} |" for row in (head, *body)]
+    return [lines[0], f"|---|{('---:|' if numbers else '---|') * (len(head) - 1)}", *lines[1:]]
+
+
+def _facts(results: Results, task: str, name: str) -> Sequence[Sequence[str]]:
+    told, versions = results["experts"][task], results["versions"]
+    settings = {key: value for key, value in told["adapter"].items() if key != "type"}
+    given = yaml.safe_dump(settings, default_flow_style=True, width=10_000).strip() if settings else "defaults"
+    loss = [["loss of the last steps", f"{told['losses'][-1][1]:.4g}"]] if told.get("losses") else []
+    return [
+        ["base", f"`{results['recipe']['base']}`"],
+        ["task", f"{task} ({hub_task(kind_of(results, task))})"],
+        ["adapter", f"{name}, `{given}`"],
+        ["trained parameters", f"{told['parameters']:,}"],
+        ["steps", f"{told['steps']:,}, in {told['seconds']:.0f} s"],
+        *loss,
+        ["seed", str(results["recipe"]["seed"])],
+        ["trained with", ", ".join(f"{package} {number}" for package, number in versions.items())],
+    ]
+
+
+def _scores(results: Results, task: str) -> list[str]:
+    """Return the scores of base and expert on the task, of every metric; nothing before they are known."""
+    rows = {label: results["scores"].get(row, {}).get(task) for label, row in (("base", "base"), ("adapted", task))}
+    if any(found is None for found in rows.values()):
+        return []
+    names = list(rows["adapted"])
+    lines = [[row, *(f"{found[name]:.4g}" for name in names)] for row, found in rows.items()]
+    return ["## Measured", "", *markdown([["on the test split", *names], *lines]), ""]
+
+
+def _export(ours: bool) -> list[str]:
+    return [LEARNT_FROM_US, "", WITHOUT_US, ""] if ours else []

@@ -1,0 +1,73 @@
+"""Where a recipe computes: its ``device``, applied to the `TrainingArguments` that set up accelerate's state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import DistributedType
+from transformers import TrainingArguments
+
+
+def available() -> list[str]:
+    """Return the names of the devices of this machine."""
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    others = [name for name in ("mps", "xpu") if getattr(torch, name).is_available()]
+    return ["cpu", *(["cuda"] if cuda else []), *cuda, *others]
+
+
+def check_device(name: str | None) -> None:
+    """Check that a recipe's device is there, and that several processes do not share one.
+
+    Raises:
+        ValueError: it is not, or they would.
+    """
+    if name is None:
+        return
+    if name not in (here := available()):
+        raise ValueError(f"no device {name!r} here, choose from: {', '.join(here)}")
+    if ":" in name and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"{name!r} is one device for several processes: take 'cuda', and each has its own")
+
+
+def on_cpu(name: str | None) -> bool:
+    """Say whether a recipe computes on the CPU: by its word, or because there is nothing else."""
+    return name == "cpu" or not torch.accelerator.is_available()
+
+
+def placed(args: TrainingArguments, name: str | None) -> TrainingArguments:
+    """Return the arguments with one device for this process, and accelerate's state on it.
+
+    A process that sees several GPUs takes one: `accelerate launch` splits batches over them, with a process each.
+    """
+    device, state = args.device, args.distributed_state  # sets the state up
+    if state is not None and state.distributed_type == DistributedType.NO:
+        args._n_gpu = min(args.n_gpu, 1)
+        if name is not None and ":" in name:
+            state.device = args.__dict__["_setup_devices"] = torch.device(name)
+            torch.cuda.set_device(state.device)
+    elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and device.type == "cpu":
+        state.distributed_type = DistributedType.MULTI_GPU  # accelerate shards there alone, FSDP2 on gloo as well
+    return args
+
+
+def merge_device(name: str | None) -> dict[str, Any]:
+    """Return the word ``device`` of a merge that follows a recipe's: it knows CUDA and the CPU."""
+    return {} if name is None else {"device": name if name.startswith("cuda") else "cpu"}
+
+
+@contextmanager
+def roomy(what: str, lower: str) -> Iterator[None]:
+    """Turn "out of memory" into one line that says what to lower.
+
+    Raises:
+        MemoryError: a device ran out of memory in the block.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        told = " ".join(str(error).partition(". ")[0].split())
+        raise MemoryError(f"{what}: {told}; lower {lower}") from None

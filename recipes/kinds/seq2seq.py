@@ -1,0 +1,113 @@
+"""A text for a text: translation, summaries, answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from orthoft.recipes.data import Row
+from orthoft.recipes.head import Head
+from orthoft.recipes.kinds.kind import (
+    IGNORED,
+    Batch,
+    Example,
+    Kind,
+    Scores,
+    TaskData,
+    filled,
+    on_device,
+    padded,
+    padded_labels,
+)
+from orthoft.recipes.metrics import exact_match, token_f1
+from orthoft.recipes.task_schema import Seq2Seq
+
+
+class SequenceToSequence(Kind[Seq2Seq]):
+    """An encoder reads the source, a decoder writes the target and the end-of-text token."""
+
+    auto = Seq2Seq.auto
+    peft_task = "SEQ_2_SEQ_LM"
+
+    def columns(self) -> list[str]:
+        return [self.task.data.source, self.task.data.target]
+
+    def about(self, data: TaskData) -> str:
+        lengths = [len(example["labels"]) for example in data.train]
+        return f"targets of {min(lengths)} to {max(lengths)} tokens"
+
+    def examples(self, rows: Sequence[Row], classes: Sequence[str], split: str) -> list[Example]:
+        where = f"{self.task.name} {split}"
+        sources, targets = (filled(rows, column, where) for column in self.columns())
+        read = self.sources(sources)["input_ids"]
+        return [
+            {"input_ids": ids, "labels": self.labels(target), "target": target}
+            for ids, target in zip(read, targets, strict=True)
+        ]
+
+    def sources(self, texts: Sequence[str], **options: Any) -> Any:
+        """Return the tokens of sources behind the prefix."""
+        texts = [self.task.prefix + text for text in texts]
+        return self.processor(texts, truncation=True, max_length=self.task.max_source_length, **options)
+
+    def labels(self, target: str) -> list[int]:
+        """Return the tokens of a target, which the end-of-text token ends even where the tokenizer adds none."""
+        most, end = self.task.max_target_length, self.processor.eos_token_id
+        ids: list[int] = self.processor(text_target=target, truncation=True, max_length=most)["input_ids"]
+        return ids if end is None or ids[-1:] == [end] else [*ids[: most - 1], end]
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Return a batch whose sources and targets differ in length, so that a layer's inputs tell which they are."""
+        batch, labels = padded(examples, self.processor.pad_token_id), padded_labels(examples)
+        if labels.shape == batch["input_ids"].shape:
+            labels = F.pad(labels, (0, 1), value=IGNORED)
+        return batch | {"decoder_attention_mask": (labels != IGNORED).long(), "labels": labels}
+
+    def inputs(self, model: Any, batch: Batch) -> Batch:
+        shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        return super().inputs(model, batch) | {"decoder_input_ids": shifted}
+
+    @torch.no_grad()
+    def score(self, model: Any, head: Head | None, examples: Sequence[Example], size: int, what: str) -> Scores:
+        """Return the mean loss per target token (nats), its exponential, and the scores of answers if they are wanted.
+
+        ``exact_match`` and ``f1`` are the means over the examples, see `orthoft.recipes.metrics`.
+        """
+        model.eval()
+        total, count, same, shared = 0.0, 0, 0.0, 0.0
+        for chunk in self.chunks(examples, size, what):
+            batch = on_device(self.collate(chunk), model)
+            labels = batch["labels"]  # (b, u)
+            logits = model(**batch).logits.flatten(0, 1).float()
+            total += F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum").item()
+            count += int((labels != IGNORED).sum())
+            if self.task.generate:
+                pairs = list(zip(self.written(model, batch), (example["target"] for example in chunk), strict=True))
+                same += sum(exact_match(*pair) for pair in pairs)
+                shared += sum(token_f1(*pair) for pair in pairs)
+        loss = total / count
+        answers = {"exact_match": same / len(examples), "f1": shared / len(examples)} if self.task.generate else {}
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **answers}
+
+    def written(self, model: Any, batch: Batch) -> list[str]:
+        """Return the greedy answer to each source: the same model writes the same text."""
+        read = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        found = model.generate(**read, max_new_tokens=self.task.new_tokens, do_sample=False, num_beams=1)
+        return [str(text) for text in self.processor.batch_decode(found, skip_special_tokens=True)]
+
+    @property
+    def prompt(self) -> str | None:
+        return self.task.prompt
+
+    @torch.no_grad()
+    def sample(self, model: nn.Module) -> str | None:
+        if self.prompt is None:
+            return None
+        model.eval()
+        read = on_device(self.sources([self.prompt], return_tensors="pt"), model)
+        return self.written(model, read)[0]

@@ -1,0 +1,184 @@
+"""The benchmark of the results, on tiny models: every cell, stopped and gone on with, and the tables of the docs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import label_task, save_bert, save_llama, text_task
+
+from benchmarks.results import report, suites
+from benchmarks.results.cells import Cells
+from benchmarks.results.experts import Workshop
+from benchmarks.results.merges import Merges, wanted
+from benchmarks.results.suites import Row, Suite
+
+DOCS = Path(__file__).parents[1] / "docs" / "results.md"
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    folder = tmp_path_factory.mktemp("encoder")
+    save_bert(folder / "bert")
+    for seed, name in enumerate("ab"):
+        label_task(folder / name, 6 * seed, seed=seed)
+    rows = {
+        "lora": Row("LoRA", {"type": "peft.lora", "r": 2}, (1e-3, 1e-2), merges="some"),
+        "apart": Row(
+            "LoRA apart",
+            {"type": "peft.lora", "r": 4},
+            to_merge={"method": "contrastive", "rows": 20},
+            rate_of="lora",
+            keep_away=3.0,
+        ),
+    }
+    return replace(
+        suites.ENCODER,
+        name="tiny",
+        base=folder / "bert",
+        tasks={name: folder / name for name in "ab"},
+        rows=rows,
+        tuned_on=("a",),
+        task_words={"max_length": 16},
+        adapter_words={"target_modules": ["query", "output.dense"]},
+        training={"max_steps": 3, "per_device_train_batch_size": 16},
+        trial_rows=20,
+    )
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    folder = tmp_path_factory.mktemp("language")
+    save_llama(folder / "llama")
+    for step, name in enumerate("ab", 1):
+        text_task(folder / name, 2 * step + 1, seed=step)
+    return replace(
+        suites.LANGUAGE,
+        name="tiny-lm",
+        base=folder / "llama",
+        tasks={name: folder / name for name in "ab"},
+        rows={"lora": Row("LoRA", {"type": "peft.lora", "r": 2}, (1e-2,))},
+        tuned_on=("a",),
+        task_words={"block_size": 16},
+        training={"max_steps": 3, "per_device_train_batch_size": 4},
+    )
+
+
+def measured(suite: Suite, row: str, folder: Path, seed: int = 0) -> Workshop:
+    shop = Workshop(suite, folder / "cache", folder / "numbers")
+    shop.score_base()
+    shop.experts(row, seed, cross=suite.kind == "causal-lm")
+    Merges(shop, row, seed).run()
+    return shop
+
+
+def numbers(suite: Suite, row: str, folder: Path) -> dict[str, Any]:
+    known: dict[str, Any] = json.loads((folder / "numbers" / f"{suite.name}.{row}.json").read_text())
+    return known
+
+
+class Stopped(Exception):
+    """Stands for a power cut."""
+
+
+def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_numbers(
+    encoder: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured(encoder, "lora", tmp_path / "whole")
+    put, left = Cells.put, [6]
+
+    def stopping(self: Cells, value: Any, *place: str) -> None:
+        put(self, value, *place)
+        left[0] -= 1
+        if not left[0]:
+            raise Stopped
+
+    monkeypatch.setattr(Cells, "put", stopping)
+    with pytest.raises(Stopped):
+        measured(encoder, "lora", tmp_path / "twice")
+    first = numbers(encoder, "lora", tmp_path / "twice")
+    assert first["rates"].keys() == {"0.001", "0.01"}
+    assert "merges" not in first.get("seeds", {}).get("0", {})
+    measured(encoder, "lora", tmp_path / "twice")
+    assert _without_times(numbers(encoder, "lora", tmp_path / "twice")) == _without_times(
+        numbers(encoder, "lora", tmp_path / "whole")
+    )
+
+
+def _without_times(known: dict[str, Any]) -> dict[str, Any]:
+    for seed in known["seeds"].values():
+        for expert in seed["experts"].values():
+            del expert["seconds"]
+    return known
+
+
+def test_what_is_measured_is_not_measured_again(
+    encoder: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured(encoder, "apart", tmp_path)
+
+    def again(*words: Any, **more: Any) -> None:
+        raise AssertionError("measured again")
+
+    for name in ("train", "score"):
+        monkeypatch.setattr(Workshop, name, again)
+    measured(encoder, "apart", tmp_path)
+
+
+def test_numbers_of_other_settings_are_not_mixed(encoder: Suite, tmp_path: Path) -> None:
+    measured(encoder, "apart", tmp_path)
+    longer = replace(encoder, training={**encoder.training, "max_steps": 4})
+    with pytest.raises(ValueError, match="was measured with other training: move it away"):
+        measured(longer, "apart", tmp_path)
+
+
+def test_tables_of_a_suite(encoder: Suite, tmp_path: Path) -> None:
+    for row in encoder.rows:
+        measured(encoder, row, tmp_path)
+    measured(encoder, "apart", tmp_path, seed=1)
+    found = report.Measured(encoder, tmp_path / "numbers")
+    assert found.rows == ["lora", "apart"]
+    assert [len(found.experts(row)) for row in found.rows] == [1, 2]
+    table = report.adapters(found)
+    assert f"{found.experts('lora')[0]:.3f} |" in table
+    assert "±" in table.splitlines()[-1]
+    kept = found.merges("lora")["task_arithmetic/auto"]
+    base, expert = sum(found.base().values()) / 2, found.experts("lora")[0]
+    assert kept.kept[0] == pytest.approx((kept.scores[0] - base) / (expert - base))
+    assert "| iso_c | auto |" in report.merges(found)
+    tried = numbers(encoder, "lora", tmp_path)["seeds"]["0"]["merges"]
+    assert [name for name, one in tried.items() if "refused" in one] == ["mean/rotation"]
+    assert report.to_merge(found).count("LoRA") == 2
+
+
+def test_domains_of_text_are_scored_on_each_other(language: Suite, tmp_path: Path) -> None:
+    measured(language, "lora", tmp_path)
+    found = report.Measured(language, tmp_path / "numbers")
+    base = found.base()
+    other = [found.expert("lora", "0", "a", "b") - base["b"], found.expert("lora", "0", "b", "a") - base["a"]]
+    assert found.forgotten("lora")[0] == pytest.approx(sum(other) / 2)
+    assert report.forgetting(found).count("\n") == 3
+
+
+def test_each_method_is_tried_in_each_space_that_differs() -> None:
+    every = list(wanted("all"))
+    assert len(every) == len(set(every))
+    assert {("ties", "full"), ("ties", "core"), ("ties", "knots"), ("tsv", "auto"), ("mean", "rotation")} <= {*every}
+    assert ("tsv", "full") not in every
+
+
+@pytest.mark.parametrize("suite", suites.SUITES.values(), ids=lambda suite: suite.name)
+def test_rows_train_about_as_much_as_the_first(suite: Suite) -> None:
+    known = report.Measured(suite, report.NUMBERS)
+    for row in known.rows:
+        if "r=48" not in suite.rows[row].title and row != "goft":
+            assert 0.85 < known.parameters(row) / known.parameters(known.rows[0]) < 1.15, row
+
+
+def test_the_tables_in_the_docs_are_those_of_the_numbers() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    assert text.count("<!-- results: ") >= 3
+    assert report.filled(text) == text

@@ -1,0 +1,412 @@
+"""Every kind of task from the words of a recipe to a merged model that a stranger loads; a new kind is a new case."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from kind_cases import CASES, Case, Words, files, naive_f1
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import write_rows
+
+from orthoft.recipes import RecipeError, load, run
+from orthoft.recipes.data import read_file
+from orthoft.recipes.head import Head
+from orthoft.recipes.initialise import covariances
+from orthoft.recipes.kinds import KINDS, kind_of
+from orthoft.recipes.metrics import entities, entity_f1, exact_match, is_bio, token_f1
+from orthoft.recipes.models import load_model
+from orthoft.recipes.search import search
+from orthoft.recipes.shipped import json_schema
+from orthoft.recipes.task_schema import LOWER_IS_BETTER
+
+
+@dataclass(frozen=True)
+class Story:
+    """A case that was run, with its recipe, folder and results."""
+
+    case: Case
+    folder: Path
+    words: Words
+    results: dict[str, Any]
+
+    @property
+    def out(self) -> Path:
+        return Path(self.words["output"])
+
+
+@pytest.fixture(scope="module", params=CASES, ids=[f"{case.kind}-{case.architecture}" for case in CASES])
+def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    case, folder = request.param, tmp_path_factory.mktemp("story")
+    (folder / "base").mkdir()
+    case.base(folder / "base")
+    for which, name in enumerate("ab"):
+        case.data(folder / name, which, seed=which)
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(case.recipe(folder, folder / "out")), encoding="utf-8")
+    return Story(case, folder, yaml.safe_load(file.read_text(encoding="utf-8")), run(file))
+
+
+def test_every_kind_has_a_case() -> None:
+    assert {case.kind for case in CASES} == KINDS.keys()
+
+
+def test_experts_learn_and_the_merge_is_scored_by_the_words_of_the_task(story: Story) -> None:
+    scores = story.results["scores"]
+    metric = load(story.words).tasks[0].metric
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    for name in "ab":
+        assert sign * scores[name][name][metric] > sign * scores["base"][name][metric] + 0.02
+        assert metric in scores["merge"][name]
+        assert all(math.isfinite(value) for value in scores["merge"][name].values())
+    assert set(story.results["gain_kept"]["merge"]) == {"a", "b", "mean"}
+
+
+def test_a_stranger_gets_the_scores_of_the_export(story: Story) -> None:
+    recipe = load(story.words)
+    for task in recipe.tasks:
+        # running text is packed in the order of the shuffled rows
+        rows = [json.loads(line) for line in Path(task.data.test).read_text(encoding="utf-8").splitlines()]
+        random.Random(recipe.seed).shuffle(rows)
+        head = story.out / "heads" / f"{task.name}.safetensors"
+        with torch.no_grad():
+            found = story.case.stranger(story.out / "merged", head, rows, task.model_dump())
+        told = story.results["scores"]["merge"][task.name]
+        assert found == pytest.approx({key: told[key] for key in found}, abs=1e-4)
+
+
+def test_neither_the_order_of_rows_nor_the_size_of_batches_changes_scores(story: Story) -> None:
+    recipe = load(story.words)
+    kind = kind_of(recipe.tasks[0], Path(recipe.base))
+    data, model = kind.data(recipe.seed), load_model(story.case.kind, recipe.base, None)
+    file = story.out / "heads" / "a.safetensors"
+    head = Head.load(file) if data.classes else None
+    shuffled = random.Random(1).sample(data.test, k=len(data.test))
+    found = [kind.score(model, head, rows, size, "") for rows, size in ((data.test, 32), (data.test, 1), (shuffled, 7))]
+    assert found[0] == pytest.approx(story.results["scores"]["base"]["a"], abs=1e-6)
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], abs=1e-5, rel=1e-5)
+
+
+def test_inputs_of_layers_are_those_of_single_rows(story: Story) -> None:
+    """Padding never counts, on either side of a model: batches of eight show what rows one by one show."""
+    recipe = load(story.words)
+    kind = kind_of(recipe.tasks[0], Path(recipe.base))
+    model, rows = load_model(story.case.kind, recipe.base, None), kind.data(recipe.seed).train[:16]
+    seen = [
+        covariances(model, (kind.inputs(model, batch) for batch in kind.batches(rows, size, ""))) for size in (1, 8)
+    ]
+    assert seen[0].keys() == seen[1].keys()
+    for name, C in seen[0].items():
+        torch.testing.assert_close(seen[1][name], C, rtol=1e-3, atol=1e-4)
+
+
+def test_subspaces_are_chosen_from_the_inputs(story: Story, tmp_path: Path) -> None:
+    words = json.loads(json.dumps(story.words)) | {"output": str(tmp_path / "out")}
+    words["defaults"]["adapter"] |= {"type": "lora", "r": 2}
+    words["defaults"]["training"]["max_steps"] = 1
+    words["train_to_merge"] = {"method": "contrastive", "rows": 8}
+    run(words, until="finetune")
+    chosen = load_file(tmp_path / "out" / "subspaces" / "a.safetensors")
+    saved = load_file(tmp_path / "out" / "experts" / "a" / "adapter_model.safetensors")
+    assert chosen
+    for weight, rows in chosen.items():
+        assert rows.equal(saved[f"base_model.model.{weight.removesuffix('.weight')}.lora_A.weight"])
+
+
+def test_a_merge_is_searched(story: Story) -> None:
+    pytest.importorskip("optuna")
+    found = search(story.words, trials=2, methods=["task_arithmetic"], spaces=["full"], overwrite=True)
+    test, told = found["test"], story.results["scores"]
+    for name in "ab":
+        assert test["base"][name] == pytest.approx(told["base"][name], abs=1e-5, rel=1e-5)
+        assert test[name][name] == pytest.approx(told[name][name], abs=1e-4, rel=1e-4)
+    assert math.isfinite(found["tuning"]["base"]["a"]["loss"])
+
+
+def test_experts_are_plain_adapters_of_the_base(story: Story) -> None:
+    recipe = load(story.words)
+    kind = kind_of(recipe.tasks[0], Path(recipe.base))
+    model = peft.PeftModel.from_pretrained(
+        load_model(story.case.kind, recipe.base, None), str(story.out / "experts" / "a")
+    )
+    data = kind.data(recipe.seed)
+    head = Head.load(story.out / "heads" / "a.safetensors") if data.classes else None
+    found = kind.score(model.merge_and_unload(), head, data.test, 32, "")
+    assert found["loss"] == pytest.approx(story.results["scores"]["a"]["a"]["loss"], rel=1e-3, abs=1e-4)
+
+
+def test_samples_are_of_tasks_that_ask_for_one(story: Story) -> None:
+    assert set(story.results["samples"]) == (set("ab") if "prompt" in story.case.words else set())
+
+
+# Bad rows
+
+
+@pytest.fixture(scope="module")
+def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]:
+    """Bases and data of the cases, made once each."""
+    made: dict[str, Path] = {}
+
+    def of(case: Case) -> Path:
+        if case.architecture not in made:
+            folder = made[case.architecture] = tmp_path_factory.mktemp(case.architecture)
+            (folder / "base").mkdir()
+            case.base(folder / "base")
+            for which, name in enumerate("ab"):
+                case.data(folder / name, which, seed=which)
+        return made[case.architecture]
+
+    return of
+
+
+MISTAKES = [(case, name) for case in CASES for name in case.bad]
+
+
+@pytest.mark.parametrize(
+    ("case", "name"), MISTAKES, ids=[f"{case.kind}-{case.architecture}-{name}" for case, name in MISTAKES]
+)
+def test_a_bad_row_is_one_line_and_nothing_is_written(
+    case: Case, name: str, laid_out: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    folder = laid_out(case)
+    words, (over, line) = case.recipe(folder, tmp_path / "out"), case.bad[name]
+    whole = Path(words["tasks"][0]["data"]["test"])
+    rows = [json.loads(row) for row in whole.read_text(encoding="utf-8").splitlines()]
+    rows[3] |= over
+    bad = write_rows(folder / "a" / "bad.jsonl", rows)
+    words["tasks"][0]["data"] = words["tasks"][0]["data"] | {"test": bad}
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}") as error:
+        run(words)
+    assert len(str(error.value).splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_cannot_read_the_rows_is_one_line(laid_out: Callable[[Case], Path], tmp_path: Path) -> None:
+    bert, vit = CASES[0], CASES[2]
+    for case, other, reader in ((vit, bert, "AutoImageProcessor"), (bert, vit, "AutoTokenizer")):
+        words = case.recipe(laid_out(case), tmp_path / "out") | {"base": str(laid_out(other) / "base")}
+        with pytest.raises(ValueError, match=rf"a: .* has nothing for {reader} to read \(.*\)$"):
+            run(words)
+        assert not (tmp_path / "out").exists()
+
+
+# The words of a recipe
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_json_schema_knows_the_kind(name: str) -> None:
+    kinds = [
+        words["properties"]["kind"].get("const")
+        for words in json_schema()["$defs"].values()
+        if "kind" in words.get("properties", {}) and "adapter" in words["properties"]
+    ]
+    assert kinds.count(name) == 1
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.architecture + case.kind for case in CASES])
+def test_the_class_that_loads_the_base_is_said_once(
+    case: Case, laid_out: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    task = load(case.recipe(laid_out(case), tmp_path / "out")).tasks[0]
+    assert KINDS[case.kind].auto == task.auto
+
+
+def test_kinds_that_load_their_base_alike_share_a_recipe(laid_out: Callable[[Case], Path], tmp_path: Path) -> None:
+    texts, tags, running = CASES[0], CASES[1], CASES[-1]
+    words = texts.recipe(laid_out(texts), tmp_path / "out")
+    words["tasks"][1] = {"name": "b", "kind": "token-classification", "data": files(laid_out(texts) / "tagged")}
+    tags.data(laid_out(texts) / "tagged", 0, 0)
+    words["defaults"]["training"]["max_steps"] = 2
+    scores = run(words)["scores"]["merge"]
+    assert 0 <= scores["a"]["accuracy"] <= 1
+    assert 0 <= scores["b"]["f1"] <= 1
+    words["tasks"][1] = running.recipe(laid_out(running), tmp_path)["tasks"][1] | {"kind": "causal-lm"}
+    with pytest.raises(RecipeError) as error:
+        load(words)
+    assert str(error.value) == (
+        "the tasks of one recipe share the class that loads their base, "
+        "got causal-lm (AutoModelForCausalLM) and classification (AutoModel)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "over", "line"),
+    [
+        (CASES[0], {"metric": "acuracy"}, "expected 'accuracy', 'f1' or 'loss', got 'acuracy'"),
+        (CASES[3], {"metric": "accuracy"}, "expected 'loss', 'perplexity', 'exact_match' or 'f1', got 'accuracy'"),
+        (CASES[3], {"metric": "f1", "generate": False}, "metric 'f1' needs answers of the model: set generate to true"),
+        (CASES[0], {"head": "thawed"}, "expected 'frozen' or 'trained', got 'thawed'"),
+    ],
+)
+def test_the_metric_is_one_that_the_kind_gives(
+    case: Case, over: Words, line: str, laid_out: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    words = case.recipe(laid_out(case), tmp_path / "out")
+    words["defaults"] |= over
+    with pytest.raises(RecipeError, match=r"^defaults") as error:
+        load(words)
+    assert str(error.value).endswith(line)
+
+
+# Details of single kinds
+
+
+def test_sentences_are_cut_to_what_fits(laid_out: Callable[[Case], Path], tmp_path: Path) -> None:
+    words = CASES[1].recipe(laid_out(CASES[1]), tmp_path / "out")
+    words["defaults"]["max_length"] = 3
+    recipe = load(words)
+    kind = kind_of(recipe.tasks[0], Path(recipe.base))
+    assert {len(example["labels"]) for example in kind.data(0).test} == {3}
+
+
+def test_a_word_is_judged_at_its_first_token(laid_out: Callable[[Case], Path], tmp_path: Path) -> None:
+    recipe = load(CASES[1].recipe(laid_out(CASES[1]), tmp_path / "out"))
+    kind = kind_of(recipe.tasks[0], Path(recipe.base))
+    rows = [{"tokens": ["w1", "w2-w3", "w4"], "tags": ["O", "B-x", "I-x"]}]  # the middle one is three tokens
+    (example,) = kind.examples(rows, ["B-x", "I-x", "O"], "test")
+    assert example["labels"] == [2, 0, -100, -100, 1]
+
+
+@pytest.mark.parametrize("form", ["bytes", "cell", "picture"])
+def test_a_picture_comes_in_every_form(form: str, laid_out: Callable[[Case], Path], tmp_path: Path) -> None:
+    folder = laid_out(CASES[2])
+    recipe = load(CASES[2].recipe(folder, tmp_path / "out"))
+    kind, file = kind_of(recipe.tasks[0], Path(recipe.base)), folder / "a" / "test0.png"
+    forms = {
+        "bytes": file.read_bytes(),
+        "cell": {"bytes": file.read_bytes(), "path": None},
+        "picture": Image.open(file).convert("RGBA"),
+    }
+    rows = [{"image": value, "label": "disc"} for value in ("test0.png", forms[form])]
+    pixels = kind.collate(kind.examples(rows, ["cross", "disc"], "test"))["pixel_values"]
+    assert torch.equal(pixels[0], pixels[1])
+
+
+def test_a_picture_is_turned_upright_and_a_cut_one_refused(laid_out: Callable[[Case], Path], tmp_path: Path) -> None:
+    recipe = load(CASES[2].recipe(laid_out(CASES[2]), tmp_path / "out"))
+    kind = kind_of(recipe.tasks[0], Path(recipe.base))
+    wide, file = Image.new("RGB", (12, 6), "red"), io.BytesIO()
+    wide.putpixel((0, 0), (0, 0, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    wide.save(file, "png", exif=exif)
+    upright = wide.transpose(Image.Transpose.ROTATE_270)
+    rows = [{"image": value, "label": "disc"} for value in (file.getvalue(), upright)]
+    pixels = kind.collate(kind.examples(rows, ["cross", "disc"], "test"))["pixel_values"]
+    assert torch.equal(pixels[0], pixels[1])
+    with pytest.raises(ValueError, match=r"^a test: 60 bytes cannot be read as a picture: "):
+        kind.examples([{"image": file.getvalue()[:60], "label": "disc"}], ["cross", "disc"], "test")
+
+
+def test_targets_end_and_prefixes_stand_in_front(laid_out: Callable[[Case], Path], tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.architecture == "bart")
+    words = case.recipe(laid_out(case), tmp_path / "out")
+    words["defaults"] |= {"prefix": "w9 ", "max_target_length": 3, "max_source_length": 4}
+    recipe = load(words)
+    kind = kind_of(recipe.tasks[0], Path(recipe.base))
+    ids = kind.processor.convert_tokens_to_ids
+    rows = [{"source": "w1 w2 w3 w4", "target": target} for target in ("w5", "w5 w6 w7 w8")]
+    first, second = kind.examples(rows, [], "test")
+    assert first["input_ids"] == ids(["w9", "w1", "w2", "w3"])
+    assert first["labels"] == [*ids(["w5"]), 2]
+    assert second["labels"] == [*ids(["w5", "w6"]), 2]
+    batch = kind.collate([first, second])
+    assert batch["decoder_attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
+def test_classes_of_datasets_have_their_names(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    tags = datasets.ClassLabel(names=["O", "B-x"])
+    features = {"tokens": datasets.List(datasets.Value("string")), "tags": datasets.List(tags), "label": tags}
+    table = datasets.Dataset.from_dict(
+        {"tokens": [["w1", "w2"], ["w3"]], "tags": [[1, 0], [0]], "label": [1, -1]}, datasets.Features(features)
+    )
+    table.to_parquet(tmp_path / "rows.parquet")
+    assert read_file(tmp_path / "rows.parquet") == [
+        {"tokens": ["w1", "w2"], "tags": ["B-x", "O"], "label": "B-x"},
+        {"tokens": ["w3"], "tags": ["O"], "label": None},
+    ]
+
+
+# A head that is trained
+
+
+@pytest.mark.parametrize("case", CASES[:3], ids=[case.kind for case in CASES[:3]])
+def test_a_trained_head_starts_at_the_probe_and_keeps_it(
+    case: Case, laid_out: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    words = case.recipe(laid_out(case), tmp_path / "out")
+    words["defaults"]["head"] = "trained"
+    recipe = load(words)
+    kind = kind_of(recipe.tasks[0], Path(recipe.base))
+    data, model = kind.data(0), load_model(case.kind, recipe.base, None)
+    probe = kind.fit(model, data, 32)
+    trained = kind.trained(model.requires_grad_(False), probe)
+    batch = kind.collate(data.train[:32])
+    optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.1)
+    before = trained(**batch)["loss"]
+    before.backward()
+    optimizer.step()
+    assert trained(**batch)["loss"] < before
+    learnt = kind.learnt(trained, probe)
+    assert learnt is not None
+    learnt.save(tmp_path / "heads" / "a.safetensors")
+    loaded = Head.load(tmp_path / "heads" / "a.safetensors")
+    for mine, theirs in ((loaded, trained), (loaded.start, probe)):
+        assert torch.equal(mine.weight, theirs.weight)
+        assert torch.equal(mine.bias, theirs.bias)
+    assert not torch.equal(loaded.weight, probe.weight)
+    frozen = kind_of(recipe.tasks[0].model_copy(update={"head": "frozen"}), Path(recipe.base))
+    assert frozen.learnt(frozen.trained(model, probe), probe) is None
+    assert replace(loaded, probe=None).start.weight.equal(loaded.weight)
+
+
+# Metrics
+
+
+TAGS = st.lists(st.sampled_from(["O", "B-x", "I-x", "B-y", "I-y"]), min_size=1, max_size=12)
+
+
+@given(st.lists(st.tuples(TAGS, TAGS), min_size=1, max_size=4))
+def test_the_f1_of_entities_is_that_of_runs(pairs: list[tuple[list[str], list[str]]]) -> None:
+    found = [mine[: len(theirs)] + ["O"] * (len(theirs) - len(mine)) for mine, theirs in pairs]
+    labels = [theirs for _, theirs in pairs]
+    assert entity_f1(found, labels) == pytest.approx(naive_f1(found, labels))
+
+
+def test_entities_by_hand() -> None:
+    tags = ["B-x", "I-x", "B-x", "I-y", "O", "I-x", "I-x"]
+    assert entities(tags) == {("x", 0, 2), ("x", 2, 3), ("y", 3, 4), ("x", 5, 7)}
+    labels = ["B-x", "I-x", "O", "B-y", "O", "B-x", "O"]
+    assert entity_f1([tags], [labels]) == pytest.approx(2 * 2 / (4 + 3))
+    assert (is_bio(["O", "B-x", "I-x"]), is_bio(["NOUN", "B-x"]), is_bio(["O", "I"])) == (True, False, False)
+
+
+@pytest.mark.parametrize(
+    ("found", "target", "same", "f1"),
+    [
+        ("The Cat, sat!", "cat sat", 1.0, 1.0),
+        ("the black cat", "a cat", 0.0, 2 / 3),
+        ("dog dog", "dog", 0.0, 2 / 3),
+        ("dog", "cat", 0.0, 0.0),
+        ("", "the", 1.0, 1.0),
+    ],
+)
+def test_answers_are_compared_as_squad_does(found: str, target: str, same: float, f1: float) -> None:
+    assert exact_match(found, target) == same
+    assert token_f1(found, target) == pytest.approx(f1)

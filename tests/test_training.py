@@ -1,0 +1,320 @@
+"""The training of one task: what its words do, and that it goes on after a break as if there had been none."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import label_task, save_bert, save_llama, text_task
+from torch import Tensor
+
+from orthoft.recipes import RecipeError, run
+from orthoft.recipes.finetune import Bar, RecipeTrainer
+
+Words = dict[str, Any]
+STEPS, BATCH = 12, 32  # eight steps an epoch
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_bert(folder / "bert")
+    save_llama(folder / "llama")
+    label_task(folder / "a", 0, seed=0)
+    label_task(folder / "b", 2, seed=1)
+    text_task(folder / "up", 1, seed=0)
+    return folder
+
+
+def classification(models: Path, out: Path, **training: Any) -> Words:
+    adapter = {"type": "hra", "r": 4, "target_modules": ["query", "value"]}
+    return {
+        "name": "tiny",
+        "base": str(models / "bert"),
+        "output": str(out),
+        "defaults": {
+            "kind": "classification",
+            "max_length": 16,
+            "training": {"max_steps": STEPS, "per_device_train_batch_size": BATCH, "learning_rate": 3e-2} | training,
+        },
+        "tasks": [{"name": "a", "adapter": adapter, "data": files(models / "a")}],
+    }
+
+
+def language(models: Path, out: Path, **training: Any) -> Words:
+    task = {"name": "a", "kind": "causal-lm", "block_size": 16, "data": files(models / "up")}
+    adapter = {"type": "lora", "r": 4, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"]}
+    training = {"max_steps": STEPS, "per_device_train_batch_size": 8, "learning_rate": 3e-2} | training
+    words = {"name": "tiny", "base": str(models / "llama"), "output": str(out)}
+    return words | {"tasks": [task | {"adapter": adapter, "training": training}]}
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {split: str(folder / f"{split}.jsonl") for split in ("train", "tuning", "test")}
+
+
+def trained(words: Words, say: list[str] | None = None, name: str = "a") -> tuple[Words, dict[str, Tensor]]:
+    """Return what is told of an expert, and its tensors."""
+    told = run(words, until="finetune", say=(say if say is not None else []).append)["experts"][name]
+    return told, load_file(Path(told["folder"], "adapter_model.safetensors"))
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+class Broken(RuntimeError):
+    """What stops a training midway."""
+
+
+@pytest.fixture
+def broken_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A function that runs a recipe up to a step of its task, at which it breaks."""
+
+    def run_up_to(words: Words, step: int) -> None:
+        with monkeypatch.context() as patch:
+
+            def on_step_end(self: Bar, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if state.global_step == step:
+                    raise Broken
+
+            patch.setattr(Bar, "on_step_end", on_step_end)
+            with pytest.raises(Broken):
+                run(words, until="finetune")
+
+    yield run_up_to
+
+
+# Checkpoints
+
+KILLED = """
+import json, os, signal, sys
+from orthoft.recipes import run
+from orthoft.recipes.finetune import Bar
+
+def on_step_end(self, args, state, control, **kwargs):
+    if state.global_step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Bar.on_step_end = on_step_end
+run(json.loads(sys.argv[1]), until="finetune")
+"""
+
+
+def test_a_killed_training_goes_on_to_the_same_bits(models: Path, tmp_path: Path) -> None:
+    words, lines = classification(models, tmp_path / "killed", save_steps=5), list[str]()
+    killed = subprocess.run([sys.executable, "-c", KILLED, json.dumps(words)], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    _, tensors = trained(words, lines)
+    assert "  goes on from step 5" in lines
+    whole, expected = trained(classification(models, tmp_path / "whole"))
+    assert same(tensors, expected)
+    assert whole["losses"][-1][1] < whole["losses"][0][1]
+
+
+@pytest.mark.parametrize("step", [4, 8, 10], ids=["mid-epoch", "end-of-epoch", "second-epoch"])
+@pytest.mark.parametrize("kind", [classification, language])
+def test_a_broken_training_goes_on_to_the_same_bits(
+    kind: Any, step: int, models: Path, tmp_path: Path, broken_off: Any
+) -> None:
+    """With dropout, momentum, a schedule, accumulated gradients and autocast."""
+    more = {"lr_scheduler_type": "cosine", "warmup_steps": 3, "gradient_accumulation_steps": 2, "bf16": True}
+    more["per_device_train_batch_size"] = 16 if kind is classification else 4
+    words, lines = kind(models, tmp_path / "broken", save_steps=2, **more), list[str]()
+    broken_off(words, step + 1)
+    _, tensors = trained(words, lines)
+    assert f"  goes on from step {step}" in lines
+    assert same(tensors, trained(kind(models, tmp_path / "whole", **more))[1])
+
+
+def checkpoints(out: Path) -> list[Path]:
+    return sorted((out / "experts" / ".a.trainer").glob("checkpoint-*"))
+
+
+def test_a_checkpoint_holds_what_is_trained_and_no_pickle(models: Path, tmp_path: Path, broken_off: Any) -> None:
+    words = classification(models, tmp_path / "out", save_steps=2)
+    broken_off(words, 9)
+    kept = checkpoints(tmp_path / "out")
+    assert [folder.name for folder in kept] == ["checkpoint-6", "checkpoint-8"]
+    assert {file.suffix for folder in kept for file in folder.iterdir()} == {".json", ".safetensors"}
+    size = sum(file.stat().st_size for file in kept[-1].glob("[ts]*.safetensors"))
+    told, _ = trained(words)
+    assert size < 4 * 3 * told["parameters"] + 16_000  # the adapter and two moments in float32, and their names
+    assert size < (models / "bert" / "model.safetensors").stat().st_size
+    assert {path.name for path in (tmp_path / "out" / "experts").iterdir()} == {"a"}
+
+
+def test_a_broken_checkpoint_is_passed_over(models: Path, tmp_path: Path, broken_off: Any) -> None:
+    out, lines = tmp_path / "out", list[str]()
+    words = classification(models, out, save_steps=2)
+    broken_off(words, 9)
+    file = checkpoints(out)[-1] / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    _, tensors = trained(words, lines)
+    assert f"  skipped {file.parent}: state.safetensors is broken" in lines
+    assert "  goes on from step 6" in lines
+    assert same(tensors, trained(classification(models, tmp_path / "whole"))[1])
+
+
+def test_checkpoints_of_other_data_are_not_taken_up(models: Path, tmp_path: Path, broken_off: Any) -> None:
+    words, lines = classification(models, tmp_path / "out", save_steps=2), list[str]()
+    words["tasks"][0]["data"] = label_task(tmp_path / "mine", 0, seed=3)
+    broken_off(words, 5)
+    label_task(tmp_path / "mine", 0, seed=4)
+    told, _ = trained(words, lines)
+    assert told["steps"] == STEPS
+    assert not any("goes on" in line for line in lines)
+
+
+# Early stopping
+
+
+def stopping(models: Path, out: Path, **training: Any) -> Words:
+    words = classification(models, out, eval_steps=2, max_steps=60, **training)
+    words["tasks"][0]["early_stopping"] = {"patience": 2, "threshold": 0.01}
+    return words
+
+
+def test_training_stops_early_and_keeps_what_was_best(models: Path, tmp_path: Path) -> None:
+    told, tensors = trained(stopping(models, tmp_path / "early"))
+    kept = told["kept"]
+    assert told["steps"] == kept["step"] + 4 < 60  # two evaluations in vain
+    words = classification(models, tmp_path / "short", max_steps=60)
+    words["tasks"][0]["training"] = {"max_steps": kept["step"], "lr_scheduler_type": "constant"}
+    assert kept["step"] > 2
+    again = stopping(models, tmp_path / "constant", lr_scheduler_type="constant")
+    constant, best = trained(again)
+    words["tasks"][0]["training"]["max_steps"] = constant["kept"]["step"]
+    assert same(best, trained(words)[1])  # as if it had been trained for so long and no longer
+    assert not same(best, tensors)
+
+
+def test_a_broken_training_stops_where_a_whole_one_does(models: Path, tmp_path: Path, broken_off: Any) -> None:
+    whole, expected = trained(stopping(models, tmp_path / "whole"))
+    words = stopping(models, tmp_path / "broken", save_steps=2)
+    broken_off(words, whole["steps"] - 1)
+    told, tensors = trained(words)
+    assert told["kept"] == whole["kept"]
+    assert told["steps"] == whole["steps"]
+    assert same(tensors, expected)
+
+
+# Precision and batches
+
+
+def test_bfloat16_is_of_the_products_alone(models: Path, tmp_path: Path) -> None:
+    words = classification(models, tmp_path / "out", bf16=True, max_steps=40) | {"merge": {"method": "mean"}}
+    results = run(words)
+    losses = [loss for _, loss in results["experts"]["a"]["losses"]]
+    assert losses[-1] < losses[0] - 0.05
+    exact = trained(classification(models, tmp_path / "exact", max_steps=40))[1]
+    tensors = load_file(tmp_path / "out" / "experts" / "a" / "adapter_model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+    assert not same(tensors, exact)
+    merged = load_file(tmp_path / "out" / "merged" / "model.safetensors")
+    assert all(value.isfinite().all() for value in merged.values())
+    assert results["scores"]["merge"]["a"] == results["scores"]["a"]["a"]  # of one expert
+
+
+def test_accumulated_gradients_are_those_of_the_larger_batch(models: Path, tmp_path: Path) -> None:
+    base = {"weight_decay": 0.0, "max_grad_norm": 1e9}
+    words = classification(models, tmp_path / "once", **base)
+    plain = stop_dropout(models, tmp_path)
+    _, once = trained(words | {"base": plain})
+    more = classification(
+        models, tmp_path / "twice", per_device_train_batch_size=BATCH // 2, gradient_accumulation_steps=2, **base
+    )
+    _, twice = trained(more | {"base": plain})
+    assert not same(once, twice) or STEPS < 2
+    for name, value in once.items():
+        torch.testing.assert_close(twice[name], value, atol=2e-3, rtol=0)
+
+
+def stop_dropout(models: Path, folder: Path) -> str:
+    """Return the folder of the same base without dropout, which falls elsewhere in batches of another size."""
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    config = BertConfig.from_pretrained(models / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    BertModel.from_pretrained(models / "bert", config=config).save_pretrained(folder / "plain")
+    AutoTokenizer.from_pretrained(models / "bert").save_pretrained(folder / "plain")
+    return str(folder / "plain")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", [classification, language])
+def test_checkpointed_activations_change_nothing(kind: Any, reentrant: bool, models: Path, tmp_path: Path) -> None:
+    _, expected = trained(kind(models, tmp_path / "plain", max_steps=3))
+    more = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    _, tensors = trained(kind(models, tmp_path / "less", max_steps=3, **more))
+    for name, value in expected.items():
+        torch.testing.assert_close(tensors[name], value, atol=1e-5, rtol=0)
+
+
+# Seeds
+
+
+def test_an_expert_does_not_depend_on_those_before_it(models: Path, tmp_path: Path) -> None:
+    words = classification(models, tmp_path / "both")
+    first = words["tasks"][0]
+    second = first | {"name": "b", "data": files(models / "b")}
+    first["training"] = {"bf16": True, "gradient_accumulation_steps": 2, "max_steps": 3}
+    _, after = trained(words | {"tasks": [first, second]}, name="b")
+    _, alone = trained(words | {"tasks": [second], "output": str(tmp_path / "alone")}, name="b")
+    assert same(after, alone)
+    other = words | {"tasks": [second], "output": str(tmp_path / "other"), "seed": 1}
+    assert not same(trained(other, name="b")[1], alone)
+
+
+# Devices and failures
+
+
+def test_a_device_that_is_not_there_is_one_line(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as error:
+        run(classification(models, tmp_path / "out") | {"device": "cuda:77"})
+    assert str(error.value).startswith("device: no device 'cuda:77' here, choose from: cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_device_is_that_of_the_merge(models: Path, tmp_path: Path) -> None:
+    words = classification(models, tmp_path / "out", max_steps=2) | {"device": "cpu", "merge": {"method": "mean"}}
+    assert run(words)["recipe"]["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("training", "line"),
+    [
+        ({"fp16": True}, "fp16 does nothing on a CPU: take bf16"),
+        ({"load_best_model_at_end": True, "eval_strategy": "steps", "save_steps": 10, "eval_steps": 10}, "load_best"),
+    ],
+)
+def test_words_that_would_do_nothing_are_refused(training: Words, line: str, models: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=line):
+        run(classification(models, tmp_path / "out", **training) | {"device": "cpu"})
+
+
+def test_a_loss_that_is_no_number_is_one_line(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.tensor(float("nan"))
+
+    monkeypatch.setattr(RecipeTrainer, "training_step", nothing)
+    with pytest.raises(ValueError, match=r"^a: the training loss is nan; lower training\.learning_rate$"):
+        run(classification(models, tmp_path / "out"))
+
+
+def test_too_little_memory_says_what_to_lower(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has\n a total of 1 GiB.")
+
+    monkeypatch.setattr(RecipeTrainer, "training_step", full)
+    with pytest.raises(MemoryError) as error:
+        run(classification(models, tmp_path / "out"))
+    assert str(error.value).startswith("a: CUDA out of memory; lower training.per_device_train_batch_size")
+    assert len(str(error.value).splitlines()) == 1
