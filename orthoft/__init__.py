@@ -14,7 +14,7 @@ from orthoft._on_import import after_import
 
 if TYPE_CHECKING:
     from orthoft.adapters import ADAPTERS, GOFTConfig, HRAConfig, OFTv2Config, PSOFTConfig, SVFTConfig
-    from orthoft.convert import from_peft, to_lora, to_peft
+    from orthoft.convert import from_peft, push_to_hub, serving_notes, to_gguf, to_lora, to_peft
     from orthoft.reporting import report
     from orthoft.trainer import OrthoTrainer, WithPenalty
     from orthoft.tuner import penalty
@@ -33,6 +33,9 @@ _HOMES = {
     "penalty": "orthoft.tuner",
     "report": "orthoft.reporting",
     "from_peft": "orthoft.convert",
+    "push_to_hub": "orthoft.convert",
+    "serving_notes": "orthoft.convert",
+    "to_gguf": "orthoft.convert",
     "to_lora": "orthoft.convert",
     "to_peft": "orthoft.convert",
 }
@@ -47,7 +50,10 @@ __all__ = [
     "WithPenalty",
     "from_peft",
     "penalty",
+    "push_to_hub",
     "report",
+    "serving_notes",
+    "to_gguf",
     "to_lora",
     "to_peft",
 ]

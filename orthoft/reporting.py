@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any
 
 import torch
@@ -51,6 +52,9 @@ class Report(list[AdapterReport]):
         widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
         aligned = [[*map(str.ljust, line[:2], widths[:2]), *map(str.rjust, line[2:], widths[2:])] for line in lines]
         return "\n".join("  ".join(cells).rstrip() for cells in aligned)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
 
 
 @torch.no_grad()

@@ -38,6 +38,11 @@ def on_cpu(name: str | None) -> bool:
     return name == "cpu" or not torch.accelerator.is_available()
 
 
+def in_parts() -> bool:
+    """Say whether accelerate was told to keep a part of each weight on each process (FSDP)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def placed(args: TrainingArguments, name: str | None) -> TrainingArguments:
     """Return the arguments with one device for this process, and accelerate's state on it.
 
@@ -49,7 +54,7 @@ def placed(args: TrainingArguments, name: str | None) -> TrainingArguments:
         if name is not None and ":" in name:
             state.device = args.__dict__["_setup_devices"] = torch.device(name)
             torch.cuda.set_device(state.device)
-    elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and device.type == "cpu":
+    elif in_parts() and device.type == "cpu":
         state.distributed_type = DistributedType.MULTI_GPU  # accelerate shards there alone, FSDP2 on gloo as well
     return args
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 
 from orthoft.recipes.checkpoints import Checkpoints, Say, last_checkpoint, open_checkpoints
-from orthoft.recipes.devices import on_cpu, placed, roomy
+from orthoft.recipes.devices import in_parts, on_cpu, placed, roomy
 from orthoft.recipes.early_stopping import KeepBest
 from orthoft.recipes.expert import Ready, save
 from orthoft.recipes.initialise import initialise
@@ -94,7 +94,10 @@ class Bar(TrainerCallback):
 def adapted(recipe: Recipe, task: Task, base: Path, args: TrainingArguments) -> peft.PeftModel:
     """Return the base with the task's new adapter, which the recipe's seed fixes."""
     set_seed(recipe.seed)
-    model = load_model(task.kind, base, recipe.dtype, recipe.quantization)
+    on = (
+        torch.device("cpu") if in_parts() and recipe.quantization is None else None
+    )  # no device may have room for it whole
+    model = load_model(task.kind, base, recipe.dtype, recipe.quantization, on)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         model.enable_input_require_grads()

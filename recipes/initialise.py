@@ -156,11 +156,12 @@ def _of_layer(method: Method, name: str, inputs: Sequence[Rows]) -> list[Tensor]
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, rows: Rows, adapter: str = "default") -> None:
-    """Set and freeze the rows that an adapter of a PEFT model reads through; the adapter starts at the identity.
+def initialise(model: nn.Module, rows: Rows, adapter: str = "default", *, frozen: bool = True) -> None:
+    """Set the rows that an adapter of a PEFT model reads through, and freeze them; the adapter starts at the identity.
 
-    Of LoRA ``A`` is set and frozen, and ``B`` is zero and trained. Of PSOFT the basis is set. To call it just before
-    training: PEFT's ``set_adapter`` and ``load_adapter`` make every parameter of an adapter train again.
+    Of LoRA ``A`` is set, and trains from there unless it is ``frozen``; ``B`` is zero and trained. Of PSOFT the basis
+    is set. To call it just before training: PEFT's ``set_adapter`` and ``load_adapter`` make every parameter of an
+    adapter train again.
 
     Raises:
         ValueError: a layer without such an adapter, another rank, or an adapter that changes or rebuilds its base.
@@ -169,14 +170,14 @@ def initialise(model: nn.Module, rows: Rows, adapter: str = "default") -> None:
     for name, A in rows.items():
         layer = layers[name][0] if name in layers else None
         if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
-            _set_lora(model, layer, adapter, A, name)
+            _set_lora(model, layer, adapter, A, name, frozen)
         elif isinstance(layer, PSOFTLayer) and adapter in layer.adapters:
             _set_psoft(layer.adapters[adapter], A, name)
         else:
             raise ValueError(f"{name!r} has no LoRA or PSOFT adapter {adapter!r} whose subspace could be chosen")
 
 
-def _set_lora(model: Any, layer: LoraLayer, adapter: str, A: Tensor, name: str) -> None:
+def _set_lora(model: Any, layer: LoraLayer, adapter: str, A: Tensor, name: str, frozen: bool) -> None:
     start = model.peft_config[adapter].init_lora_weights
     if start not in UNCHANGED:
         raise ValueError(f"init_lora_weights={start!r} changes the base weight for a subspace of its own: leave it out")
@@ -184,7 +185,7 @@ def _set_lora(model: Any, layer: LoraLayer, adapter: str, A: Tensor, name: str) 
     _expect(A, a, name)
     a.copy_(A)
     b.zero_()
-    a.requires_grad_(False)
+    a.requires_grad_(not frozen)
 
 
 def _set_psoft(held: Any, V: Tensor, name: str) -> None:

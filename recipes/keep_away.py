@@ -20,7 +20,8 @@ def root(covariance: Tensor, directions: int = DIRECTIONS) -> Tensor:
     """Return ``L`` (n, k) in float32 with ``L L^T`` the best approximation of rank k to the covariance (n, n)."""
     values, vectors = torch.linalg.eigh(covariance.double())
     kept = min(directions, len(values))
-    return (vectors * values.clamp(min=0).sqrt())[:, -kept:].float().contiguous()
+    L: Tensor = (vectors * values.clamp(min=0).sqrt())[:, -kept:]
+    return L.float().contiguous()
 
 
 @dataclass(frozen=True)

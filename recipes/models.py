@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 import transformers
 from accelerate import PartialState
 
@@ -50,9 +51,15 @@ def auto_class(kind: str) -> Any:
     return getattr(transformers, KINDS[kind].auto)
 
 
-def load_model(kind: str, folder: str | Path, dtype: str | None, quantization: Quantization | None = None) -> Any:
-    """Return the transformers model of a folder, on this process's device."""
-    auto, device = auto_class(kind), PartialState().device
+def load_model(
+    kind: str,
+    folder: str | Path,
+    dtype: str | None,
+    quantization: Quantization | None = None,
+    device: torch.device | None = None,
+) -> Any:
+    """Return the transformers model of a folder, on a device, this process's own unless given."""
+    auto, device = auto_class(kind), device or PartialState().device
     if quantization is None:
         return auto.from_pretrained(str(folder), dtype=dtype or "auto").to(device)
     words = transformers.BitsAndBytesConfig(**quantization.model_dump(exclude_unset=True))

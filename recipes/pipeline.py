@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from orthoft.errors import unknown
 from orthoft.merging import MergeReport, merge
 from orthoft.merging.files.hub import find_folder
+from orthoft.recipes.cards import write_cards
 from orthoft.recipes.data import SPLITS
 from orthoft.recipes.devices import merge_device, roomy
 from orthoft.recipes.expert import Ready, fingerprint, finished
@@ -219,6 +220,8 @@ class Run:
         text, partial = json.dumps(self.results, indent=2), self.out / f".{RESULTS}.partial"
         partial.write_text(text + "\n", encoding="utf-8")
         partial.rename(self.out / RESULTS)
+        told: dict[str, Any] = json.loads(text)
+        write_cards(told)
         self.say("")
         self.say(table(scores, names, self.kind))
         for name, by_row in self.results["samples"].items():
@@ -229,7 +232,6 @@ class Run:
         self.say(f"\nresults: {self.out / RESULTS}")
         if merged:
             self.say(how_to_load(self.kind, self.out / "merged"))
-        told: dict[str, Any] = json.loads(text)
         return told
 
 

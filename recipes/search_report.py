@@ -106,6 +106,9 @@ class Found:
         (folder / PAGE).write_text(html(self), encoding="utf-8")
         (folder / JOB).write_text(yaml.safe_dump(self.job(folder / "merged"), sort_keys=False), encoding="utf-8")
 
+    def _repr_html_(self) -> str:
+        return fragment(self)
+
     def table(self) -> str:
         """Return the gain kept by the best merge, by task, on both splits, as text."""
         kept = self.to_dict()["gain_kept"]
@@ -164,6 +167,18 @@ def call(words: Mapping[str, Any]) -> str:
 
 def html(found: Found) -> str:
     """Return the page of a search, which loads nothing from anywhere."""
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(_title(found))}</title></head>'
+        f"<body>{fragment(found)}</body></html>\n"
+    )
+
+
+def _title(found: Found) -> str:
+    return f"Search of a merge for {found.recipe}"
+
+
+def fragment(found: Found) -> str:
+    """Return what the page shows, to stand in another page."""
     best, objective = found.best, found.aim["objective"]
     kept = found.to_dict()["gain_kept"]
     facts = [
@@ -173,12 +188,8 @@ def html(found: Found) -> str:
         ("trials", str(len(found.trials))),
         *(("note", note) for note in found.notes),
     ]
-    title = f"Search of a merge for {found.recipe}"
-    page = Page(title, "", facts, {}, [_progress(found), _tradeoffs(found)], Table((), []))
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title></head>'
-        f"<body>{page.fragment()}{_listed(found)}</body></html>\n"
-    )
+    page = Page(_title(found), "", facts, {}, [_progress(found), _tradeoffs(found)], Table((), []))
+    return page.fragment() + _listed(found)
 
 
 def _progress(found: Found) -> Section:

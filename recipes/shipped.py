@@ -80,8 +80,9 @@ def json_schema(kind: Kind = "recipe") -> dict[str, Any]:
     if kind == "recipe":
         training = training_model().model_json_schema()
         definitions = schema["$defs"] | training.pop("$defs", {})
-        names, of_data = [task.__name__ for task in TASKS], [task.model_fields["data"].annotation for task in TASKS]
-        for name in {*names, "Adapter", *(getattr(data, "__name__", "") for data in of_data)}:
+        names = [task.__name__ for task in TASKS]
+        of_data = [definitions[name]["properties"]["data"]["$ref"].rpartition("/")[2] for name in names]
+        for name in {*names, *of_data, "Adapter"}:
             definitions[name].pop("required", None)
         for name in names:
             definitions[name]["properties"]["training"] = {"$ref": "#/$defs/TrainingArguments"}

@@ -178,9 +178,10 @@ CASES = [
     Case(
         kind="token-classification",
         architecture="bert",
-        base=save_bert,
+        base=lambda folder: save_bert(folder, initializer_range=0.1, dropout=0.0),
         data=lambda folder, which, seed: tag_task(folder, 3 * which, seed),
         stranger=tags_by_stranger,
+        adapter={"type": "lora", "r": 4, "target_modules": "all-linear", "exclude_modules": ["pooler.dense"]},
         bad={
             "no column": ({"tags": None}, "a test: a row has no 'tags', its columns are tokens, tags"),
             "unequal": ({"tags": ["O"]}, "a test: 'tokens' and 'tags' are two lists of one length above 0, got "),

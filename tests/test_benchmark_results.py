@@ -154,6 +154,17 @@ def test_tables_of_a_suite(encoder: Suite, tmp_path: Path) -> None:
     assert report.to_merge(found).count("LoRA") == 2
 
 
+def test_figures(encoder: Suite, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.results.figures import draw
+
+    measured(encoder, "lora", tmp_path)
+    draw([report.Measured(encoder, tmp_path / "numbers")], tmp_path)
+    sizes = {path.name: path.stat().st_size for path in tmp_path.glob("*.png")}
+    assert sizes.keys() == {"tiny-experts.png", "tiny-merges.png"}
+    assert all(1_000 < size < 100_000 for size in sizes.values())
+
+
 def test_domains_of_text_are_scored_on_each_other(language: Suite, tmp_path: Path) -> None:
     measured(language, "lora", tmp_path)
     found = report.Measured(language, tmp_path / "numbers")

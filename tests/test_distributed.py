@@ -1,7 +1,10 @@
-"""Two processes train as one: DDP and FSDP2 on gloo, all adapters in one pair of processes, and ZeRO-3's gathering."""
+"""Two processes train as one: DDP and FSDP2 on gloo, adapters and recipes in one pair of processes; launch configs."""
 
 from __future__ import annotations
 
+import json
+import os
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,16 +14,23 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny import label_task, save_bert, without_dropout
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import orthoft.layer
 from orthoft import ADAPTERS, penalty
 from orthoft.adapter import Adapter
+from orthoft.recipes import run
+from orthoft.recipes.finetune import Bar
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "oftv2": ("oftv2", {"block_size": 6}),
@@ -119,6 +129,8 @@ def worker(rank: int, folder: str) -> None:
             if rank == 0:
                 torch.save(losses / 2, f"{folder}/{case}-{way}.pt")
                 model.save_pretrained(f"{folder}/{case}-{way}", state_dict=state)
+    for way in RECIPES:
+        run_recipe(rank, Path(folder), way)
     dist.destroy_process_group()
 
 
@@ -126,6 +138,9 @@ def worker(rank: int, folder: str) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what two processes trained."""
     folder = tmp_path_factory.mktemp("distributed")
+    save_bert(folder / "bert")
+    without_dropout(folder / "bert")
+    label_task(folder / "data", 0, seed=0)
     mp.spawn(worker, args=(str(folder),), nprocs=2)
     return folder
 
@@ -145,6 +160,124 @@ def test_two_processes_train_as_one(trained: Path, case: str, way: str) -> None:
     assert min(moved) > 0
     assert max(moved) > 1e-3
     torch.testing.assert_close(again.eval()(batch()[0]), model.eval()(batch()[0]), atol=1e-4, rtol=0)
+
+
+# Recipes under accelerate launch
+
+LAUNCH = Path(__file__).parents[1] / "recipes" / "accelerate"
+RECIPES = {"ddp": "ddp-cpu", "fsdp2": "fsdp2-cpu"}
+
+
+def recipe(folder: Path, way: str, batch_size: int) -> dict[str, Any]:
+    """Return a recipe of two tasks: plain gradients, whose scale counts, and Adam with the best of its steps."""
+    task = {"kind": "classification", "max_length": 16}
+    data: dict[str, Any] = {split: str(folder / "data" / f"{split}.jsonl") for split in ("train", "tuning", "test")}
+    data["limit"] = {"train": 96, "tuning": 32, "test": 32}
+    adapters = {"hra": {"r": 4, "orthogonality_weight": 0.1}, "psoft": {"r": 4}}
+    training = {"max_steps": 6, "per_device_train_batch_size": batch_size, "learning_rate": 0.03, "save_steps": 2}
+    tasks: list[dict[str, Any]] = [
+        {"name": kind, "adapter": {"type": kind, "target_modules": ["query", "value"], **words}}
+        for kind, words in adapters.items()
+    ]
+    tasks[0]["training"] = {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 100.0}
+    tasks[1] |= {"training": {"eval_steps": 2}, "early_stopping": {"patience": 5}}
+    return {
+        "name": "tiny",
+        "base": str(folder / "bert"),
+        "output": str(folder / "runs" / way),
+        "device": "cpu",
+        "defaults": task | {"data": data, "training": training},
+        "tasks": tasks,
+        "merge": {"method": "mean"},
+    }
+
+
+def environment(name: str) -> dict[str, str]:
+    """Return what accelerate launch would put into the environment of each process."""
+    found: dict[str, str] = prepare_multi_gpu_env(launch_words(name))
+    return {key: value for key, value in found.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def launch_words(name: str) -> Namespace:
+    words = launch_command_parser().parse_args(["--config_file", str(LAUNCH / f"{name}.yaml"), "-m", "orthoft.cli"])
+    checked: Namespace = _validate_launch_command(words)[0]
+    return checked
+
+
+class BrokenOff(RuntimeError):
+    """What stops a training midway."""
+
+
+def run_recipe(rank: int, folder: Path, way: str) -> None:
+    """Run a recipe as one of two processes, break off in its second task, and go on from there."""
+    shared = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "localhost"}
+    os.environ.update({key: str(value) for key, value in shared.items()} | environment(RECIPES[way]))
+    parts: list[tuple[bool, int, int]] = []
+
+    def look(self: Bar, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        held = sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())
+        parts.append((bool(groups), held, sum(p.numel() for p in model.parameters())))
+
+    def stop(self: Bar, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5 and self.what == "psoft":
+            raise BrokenOff
+
+    words, lines = recipe(folder, way, 16), list[str]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bar, "on_train_begin", look)
+        with patch.context() as inner:
+            inner.setattr(Bar, "on_step_end", stop)
+            with pytest.raises(BrokenOff):
+                run(words)
+        experts = run(words, say=lines.append)["experts"]
+    told = {"experts": experts, "lines": lines, "parts": parts}
+    (folder / f"{way}-{rank}.json").write_text(json.dumps(told), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def alone(trained: Path) -> Path:
+    """The same recipe in one process, with batches of twice the size."""
+    run(recipe(trained, "alone", 32))
+    return trained / "runs" / "alone"
+
+
+@pytest.mark.parametrize("way", RECIPES)
+def test_recipes_in_two_processes_are_those_of_the_doubled_batch(trained: Path, alone: Path, way: str) -> None:
+    out = trained / "runs" / way
+    for name in ("experts/hra/adapter_model", "experts/psoft/adapter_model", "merged/model"):
+        got, expected = (load_file(folder / f"{name}.safetensors") for folder in (out, alone))
+        assert got.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(got[key], value, atol=1e-5, rtol=0)
+    scores, expected = (json.loads((folder / "results.json").read_text())["scores"] for folder in (out, alone))
+    assert scores["merge"]["hra"] == pytest.approx(expected["merge"]["hra"], abs=1e-4)
+
+
+@pytest.mark.parametrize("way", RECIPES)
+def test_processes_share_the_weights_or_hold_all(trained: Path, way: str) -> None:
+    first, second = (json.loads((trained / f"{way}-{rank}.json").read_text()) for rank in (0, 1))
+    assert first["experts"].keys() == second["experts"].keys() == {"hra", "psoft"}
+    assert [told["losses"] for told in first["experts"].values()] == [
+        told["losses"] for told in second["experts"].values()
+    ]
+    assert "  goes on from step 4" in first["lines"]
+    assert second["lines"] == []
+    assert first["experts"]["psoft"]["kept"] == second["experts"]["psoft"]["kept"]
+    for (sharded, held, all_of), (_, others, _) in zip(first["parts"], second["parts"], strict=True):
+        assert sharded == (way == "fsdp2")
+        assert held + others == (all_of if sharded else 2 * all_of)
+
+
+@pytest.mark.parametrize("file", sorted(LAUNCH.glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_launch_config_says_how_it_is_used(file: Path) -> None:
+    first, usage, *_ = file.read_text(encoding="utf-8").splitlines()
+    assert first.startswith("# For accelerate launch: ")
+    assert f"accelerate launch --config_file {file.name} -m orthoft.cli run recipe.yaml" in usage
+    assert yaml.safe_load(file.read_text(encoding="utf-8"))["use_cpu"] is file.stem.endswith("-cpu")
+    words = launch_words(file.stem)
+    assert words.num_processes == 2
+    assert (words.use_fsdp, words.use_deepspeed) == (file.stem.startswith("fsdp2"), file.stem == "deepspeed")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.replace(" ", "-"))

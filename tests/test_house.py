@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {"orthoft": ROOT / "orthoft", "orthoft.merging": ROOT / "merging", "orthoft.recipes": ROOT / "recipes"}
 FLOORS = [
     "errors",
+    "citations",
+    "loading",
     "linalg",
     "krylov",
     "bases",

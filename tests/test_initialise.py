@@ -201,6 +201,16 @@ def test_lora_trains_b_alone_and_starts_at_the_base(base: Any, folder: Path) -> 
         assert layer.lora_B["default"].weight.abs().max() > 0
 
 
+def test_rows_may_train_from_where_they_start(base: Any, folder: Path) -> None:
+    rows = choose("contrastive", ranks(), weights_of(base, NAMES), collected(base))[0]
+    model = lora(folder)
+    initialise(model, rows, frozen=False)
+    assert any("lora_A" in name and p.requires_grad for name, p in model.named_parameters())
+    train(model, 0)
+    layer = dict(model.named_modules())[f"base_model.model.{NAMES[0].removesuffix('.weight')}"]
+    assert not layer.lora_A["default"].weight.allclose(rows[NAMES[0]], atol=1e-4)
+
+
 def experts(folder: Path, out: Path, chosen: list[dict[str, Tensor]], make: Any, **fields: Any) -> list[Path]:
     for task, rows in enumerate(chosen):
         model = make(folder, **fields)

@@ -28,7 +28,7 @@ def save_tokenizer(folder: Path) -> int:
     return len(vocabulary)
 
 
-def save_bert(folder: Path) -> None:
+def save_bert(folder: Path, initializer_range: float = 0.3, dropout: float = 0.1) -> None:
     from transformers import BertConfig, BertModel
 
     vocabulary = save_tokenizer(folder)
@@ -40,9 +40,19 @@ def save_bert(folder: Path) -> None:
         num_attention_heads=4,
         intermediate_size=64,
         max_position_embeddings=64,
-        initializer_range=0.3,
+        initializer_range=initializer_range,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
     BertModel(config).save_pretrained(folder)
+
+
+def without_dropout(folder: Path) -> None:
+    """Take dropout out of a model that was saved: it falls elsewhere in batches of another size."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config |= {name: 0.0 for name in config if name.endswith("dropout_prob")}
+    file.write_text(json.dumps(config), encoding="utf-8")
 
 
 def save_llama(folder: Path) -> None:
@@ -126,7 +136,7 @@ def save_vit(folder: Path) -> None:
         patch_size=4,
         initializer_range=0.3,
     )
-    ViTModel(config).save_pretrained(folder)
+    ViTModel(config).save_pretrained(folder, save_original_format=False)  # names that a merge finds again
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -172,7 +182,7 @@ def tag_task(folder: Path, offset: int, seed: int) -> dict[str, str]:
             "tags": [("I-x" if was else "B-x") if now else "O" for was, now in zip(before, inside, strict=True)],
         }
 
-    sizes = {"train": 96, "tuning": 24, "test": 48}
+    sizes = {"train": 160, "tuning": 24, "test": 48}
     return {split: write_rows(folder / f"{split}.jsonl", [row() for _ in range(n)]) for split, n in sizes.items()}
 
 

@@ -157,19 +157,22 @@ class Workshop:
         return file
 
     def choose_rate(self, row: str) -> float:
-        """Return the learning rate with the least loss on tuning rows, or that of another row."""
+        """Return the learning rate that does best on tuning rows, or that of another row."""
         if (other := self.suite.rows[row].rate_of) is not None:
             return self.choose_rate(other)
-        cells = self.cells(row)
-        for rate in self.suite.rows[row].rates:
+        cells, rates = self.cells(row), self.suite.rows[row].rates
+        if len(rates) == 1:
+            return rates[0]
+        for rate in rates:
             if cells.get("rates", f"{rate:g}") is None:
-                cells.put({"loss": self._loss_at(row, rate)}, "rates", f"{rate:g}")
-        found = {rate: value["loss"] for rate, value in cells.get("rates").items() if value["loss"] is not None}
-        return float(min(found, key=lambda rate: found[rate]))
+                cells.put({self.metric: self._score_at(row, rate)}, "rates", f"{rate:g}")
+        found = {rate: cells.get("rates", f"{rate:g}", self.metric) for rate in rates}
+        known = {rate: score for rate, score in found.items() if score is not None}
+        return (max if self.metric == "accuracy" else min)(known, key=lambda rate: known[rate])
 
-    def _loss_at(self, row: str, rate: float) -> float | None:
-        """Return the mean loss on tuning rows after short runs, None if it became infinite."""
-        losses = []
+    def _score_at(self, row: str, rate: float) -> float | None:
+        """Return the mean score on tuning rows of the tasks that rates are chosen on, None if the loss is infinite."""
+        scores = []
         for name in self.suite.tuned_on:
             folder = self.cache / row / "rates" / f"{rate:g}" / name
             try:
@@ -179,8 +182,8 @@ class Workshop:
                     raise
                 return None
             model = peft.PeftModel.from_pretrained(self.fresh_base(), str(folder))
-            losses.append(self.score(model, name, "tuning")["loss"])
-        return round(sum(losses) / len(losses), 5)
+            scores.append(self.score(model, name, "tuning")[self.metric])
+        return round(sum(scores) / len(scores), 5)
 
     def experts(self, row: str, seed: int, cross: bool = False) -> None:
         """Train and score the experts of a row that are not there yet, on their own task or on all."""

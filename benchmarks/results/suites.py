@@ -16,7 +16,7 @@ class Row:
 
     Args:
         adapter: its type and the fields of its config.
-        rates: learning rates to choose from, by the loss on tuning rows of the suite's ``tuned_on``.
+        rates: learning rates to choose from on tuning rows of the suite's ``tuned_on``; a single one is taken.
         to_merge: words of a recipe's ``train_to_merge``.
         rate_of: the row whose learning rate is taken, in place of a choice.
         keep_away: weight of the penalty on what the update does to the other tasks' inputs.
@@ -79,20 +79,25 @@ LORA = {"type": "peft.lora", "r": 8, "lora_alpha": 8}
 LORA_16 = {"type": "peft.lora", "r": 16, "lora_alpha": 16}
 
 ENCODER_ROWS = {
-    "lora": Row("LoRA (PEFT), r=8", LORA, (1e-3, 2e-3), merges="all"),
+    "lora": Row("LoRA (PEFT), r=8", LORA, (3e-3,), merges="all"),
     "contrastive": Row(
-        "LoRA to merge: contrastive, r=16", LORA_16, (2e-3, 5e-3), {"method": "contrastive"}, merges="some"
+        "LoRA to merge: contrastive, r=16",
+        LORA_16,
+        to_merge={"method": "contrastive", "ridge": 0.1},
+        rate_of="lora",
+        merges="some",
     ),
     "penalty": Row("LoRA to merge: penalty 10, r=8", LORA, rate_of="lora", keep_away=10.0),
-    "contrastive-penalty": Row(
-        "LoRA to merge: contrastive, penalty 10, r=16",
-        LORA_16,
-        to_merge={"method": "contrastive"},
-        rate_of="contrastive",
-        keep_away=10.0,
+    "penalty-300": Row("LoRA to merge: penalty 300, r=8", LORA, rate_of="lora", keep_away=300.0),
+    "contrastive-free": Row(
+        "LoRA to merge: contrastive start, penalty 300, r=8",
+        LORA,
+        to_merge={"method": "contrastive", "ridge": 0.1, "frozen": False},
+        rate_of="lora",
+        keep_away=300.0,
     ),
-    "oftv2": Row("OFTv2, b=32", {"type": "oftv2", "block_size": 32}, (1e-3, 2e-3), merges="some"),
-    "hra": Row("HRA, r=16", {"type": "hra", "r": 16}, (3e-3, 1e-2), merges="some"),
+    "oftv2": Row("OFTv2, b=32", {"type": "oftv2", "block_size": 32}, (1e-3,), merges="some"),
+    "hra": Row("HRA, r=16", {"type": "hra", "r": 16}, (1e-2,), merges="some"),
     "dora": Row("DoRA (PEFT), r=8", {**LORA, "use_dora": True}, rate_of="lora"),
     "peft-oft": Row("OFT (PEFT), b=32", {"type": "peft.oft", "oft_block_size": 32, "r": 0}, rate_of="oftv2"),
     "peft-hra": Row("HRA (PEFT), r=16", {"type": "peft.hra", "r": 16}, rate_of="hra"),
@@ -132,11 +137,11 @@ ENCODER = Suite(
         )
     },
     rows=ENCODER_ROWS,
-    tuned_on=("rotten_tomatoes", "scripture"),
+    tuned_on=("sarcasm", "sequel"),
     task_words={"max_length": 32, "data": {"limit": {"train": 2400, "tuning": 200, "test": 400}}},
     adapter_words={"target_modules": "all-linear", "exclude_modules": ["pooler.dense"]},
     training={
-        "max_steps": 80,
+        "max_steps": 100,
         "per_device_train_batch_size": 12,
         "train_sampling_strategy": "group_by_length",
         "warmup_steps": 10,

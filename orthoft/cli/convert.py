@@ -118,8 +118,8 @@ def told(to: To, done: Conversion | GgufFile, out: Path) -> tuple[dict[str, Any]
     kind = "a LoRA" if to == To.lora else done.config["peft_type"]
     text = f"{out}: {kind} of {len(done.layers)} weights{rank}: {error if done.worst.error else 'exact'}"
     layers = [asdict(layer) for layer in done.layers]
-    plain = {"path": str(out), "peft_type": done.config["peft_type"], "error": done.error, "notes": done.notes}
-    return {**plain, "layers": layers}, f"{errors_table(done.layers)}\n{text}" if done.worst.error > 0 else text
+    found = {"path": str(out), "peft_type": done.config["peft_type"], "error": done.error, "notes": done.notes}
+    return {**found, "layers": layers}, f"{errors_table(done.layers)}\n{text}" if done.worst.error > 0 else text
 
 
 def inexact(error: float) -> str:

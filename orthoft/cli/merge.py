@@ -130,6 +130,10 @@ def remarks(report: MergeReport, rank: int | None) -> Iterator[str]:
         yield f"not carried from {where}: {', '.join(lost)}"
     if report.truncation_error:
         yield f"truncated to rank {rank}: relative error {report.truncation_error:.3g}"
+    if report.output_kind == "lora":
+        from orthoft.convert import serving_notes
+
+        yield from (f"note: {note}" for note in serving_notes(report.output))
 
 
 def read(config: Path | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from orthoft.convert.conversion import Conversion, LayerReport
 from orthoft.convert.inward import from_peft
 from orthoft.convert.lora import to_lora
 from orthoft.convert.outward import to_peft
-from orthoft.convert.to_gguf import GgufFile, to_gguf
+from orthoft.convert.gguf_export import GgufFile, to_gguf
 from orthoft.merging.files.upload import Push, push_to_hub
 
 __all__ = [

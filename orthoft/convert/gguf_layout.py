@@ -138,4 +138,5 @@ def frequency_divisors(layout: Layout) -> Tensor | None:
     frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     turns = context * frequencies / (2 * math.pi)
     share = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - share) / factor + share)).float()
+    divisors: Tensor = 1 / ((1 - share) / factor + share)
+    return divisors.float()

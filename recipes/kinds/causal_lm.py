@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from orthoft.recipes.data import Row
 from orthoft.recipes.head import Head
-from orthoft.recipes.kinds.chat import as_chat, chat_tokens, last_answer
+from orthoft.recipes.kinds.chat import as_chat, last_answer, marked_chats
 from orthoft.recipes.kinds.kind import (
     IGNORED,
     Batch,
@@ -66,7 +66,7 @@ class CausalLanguageModel(Kind[CausalLM]):
         """
         where, size = f"{self.task.name} {split}", self.task.block_size
         if self.task.packs and self.task.data.form == "text":
-            return self._blocks(filled(rows, self.columns()[0], where), where)
+            return self._blocks([str(row[self.columns()[0]]) for row in rows], where)
         found = list(self._of_rows(rows, where))
         kept = [example for example in found if has_labels(example)]
         if not kept:
@@ -85,20 +85,26 @@ class CausalLanguageModel(Kind[CausalLM]):
         return [{"input_ids": block, "labels": block} for block in blocks]
 
     def _of_rows(self, rows: Sequence[Row], where: str) -> Iterator[Example]:
-        """Yield each row as an example, with labels or without."""
-        task, size, end = self.task, self.task.block_size, self.processor.eos_token or ""
-        everything = task.loss == "all"
-        if task.data.form == "chat":
-            chats = [as_chat(row[task.data.messages], where) for row in rows]
-            tokens = chat_tokens(self.processor, chats, size, where, everything and not task.generate)
+        """Return each row as an example, with labels or without."""
+        column, everything = self.task.data.messages, self.task.loss == "all"
+        if column is not None:
+            chats = [as_chat(row[column], where) for row in rows]
             targets = [last_answer(chat) for chat in chats]
+            marked = marked_chats(self.processor, chats, where, everything and not self.task.generate)
         else:
-            targets = filled(rows, self.columns()[-1], where)
-            prompts = filled(rows, task.data.prompt, where) if task.data.prompt else [""] * len(rows)
+            prompts, targets = self._prompts(rows, where)
+            end = self.processor.eos_token or ""
             texts = [prompt + target + end for prompt, target in zip(prompts, targets, strict=True)]
-            spans = [[(len(prompt), len(text))] for prompt, text in zip(prompts, texts, strict=True)]
-            tokens = tokens_of(self.processor, list(map(Marked, texts, spans)), size, where)
+            marked = [Marked(text, [(len(prompt), len(text))]) for prompt, text in zip(prompts, texts, strict=True)]
+        tokens = tokens_of(self.processor, marked, self.task.block_size, where, special=column is None)
         return (as_example(each, target, everything) for each, target in zip(tokens, targets, strict=True))
+
+    def _prompts(self, rows: Sequence[Row], where: str) -> tuple[list[str], list[str]]:
+        """Return prompts and completions; a text completes nothing."""
+        if self.task.data.form == "text":
+            return [""] * len(rows), [str(row[self.columns()[0]]) for row in rows]
+        prompts, completions = (filled(rows, column, where) for column in self.columns())
+        return prompts, completions
 
     def texts(self, texts: Sequence[str]) -> list[Example]:
         ids = self.processor(list(texts), truncation=True, max_length=self.task.block_size)["input_ids"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from orthoft.recipes.kinds.marked import AT_ONCE, Marked, Tokens, tokens_of
+from orthoft.recipes.kinds.marked import Marked
 
 Chat = list[dict[str, Any]]
 _MARKER = re.compile(r"\{%-?\s*generation\b")
@@ -39,8 +39,8 @@ def last_answer(chat: Chat) -> str:
     return next(str(turn["content"]) for turn in reversed(chat) if turn["role"] == "assistant")
 
 
-def chat_tokens(tokenizer: Any, chats: Sequence[Chat], size: int, where: str, everything: bool) -> Iterator[Tokens]:
-    """Yield the first ``size`` tokens of each chat, of which everything or what the assistant writes is to be learnt.
+def marked_chats(tokenizer: Any, chats: Sequence[Chat], where: str, everything: bool) -> list[Marked]:
+    """Return chats as texts, with everything marked or what the assistant writes.
 
     This is by the template's own marks, if it has them (``{% generation %}``), else by `marked_turns`.
 
@@ -52,42 +52,31 @@ def chat_tokens(tokenizer: Any, chats: Sequence[Chat], size: int, where: str, ev
             f"{where}: messages need a chat template, which the base's tokenizer has not: "
             "take an instruction-tuned base, or data with prompt and completion"
         )
+    template = tokenizer.get_chat_template()
     try:
-        if _MARKER.search(tokenizer.get_chat_template()) and not everything:
-            yield from _by_marks(tokenizer, chats, size)
-        else:
-            marked = marked_turns(tokenizer, chats, where, everything)
-            yield from tokens_of(tokenizer, marked, size, where, special=False)
+        if everything:
+            return [Marked(text, [(0, len(text))]) for text in _rendered(tokenizer, chats, False)]
+        if not _MARKER.search(template):
+            return marked_turns(tokenizer, chats, where)
+        words = {"chat_template": template, "return_assistant_tokens_mask": True} | tokenizer.special_tokens_map
+        return list(map(Marked, *render_jinja_template(conversations=list(chats), **words)))
     except TemplateError as error:
         raise ValueError(f"{where}: the base's chat template refuses a chat: {error}") from None
 
 
-def _by_marks(tokenizer: Any, chats: Sequence[Chat], size: int) -> Iterator[Tokens]:
-    words = {"return_assistant_tokens_mask": True, "truncation": True, "max_length": size}
-    for first in range(0, len(chats), AT_ONCE):
-        found = tokenizer.apply_chat_template(list(chats[first : first + AT_ONCE]), return_dict=True, **words)
-        for ids, learnt in zip(found["input_ids"], found["assistant_masks"], strict=True):
-            yield Tokens(np.array(ids), np.array(learnt, bool))
+def marked_turns(tokenizer: Any, chats: Sequence[Chat], where: str) -> list[Marked]:
+    """Return chats as texts, with the assistant's turns marked.
 
-
-def marked_turns(tokenizer: Any, chats: Sequence[Chat], where: str, everything: bool = False) -> list[Marked]:
-    """Return chats as texts, with everything marked or the assistant's turns.
-
-    Such a turn is what it adds to the text before it and to the header that asks for it, without white space behind.
+    A turn is what it adds to the text before it and to the header that asks for it, without white space behind.
 
     Raises:
         ValueError: the template changes earlier turns when later ones come.
     """
-
-    def rendered(some: Sequence[Chat], prompt: bool) -> list[str]:
-        return tokenizer.apply_chat_template(list(some), tokenize=False, add_generation_prompt=prompt) if some else []
-
-    if everything:
-        return [Marked(text, [(0, len(text))]) for text in rendered(chats, False)]
     turns = [(i, k) for i, chat in enumerate(chats) for k, turn in enumerate(chat) if turn["role"] == "assistant"]
-    marked = [Marked(text, []) for text in rendered(chats, False)]
-    before = rendered([chats[i][:k] for i, k in turns], True)
-    upto = iter(rendered([chats[i][: k + 1] for i, k in turns if k + 1 < len(chats[i])], False))
+    marked = [Marked(text, []) for text in _rendered(tokenizer, chats, False)]
+    before = _rendered(tokenizer, [chats[i][:k] for i, k in turns], True)
+    earlier = [chats[i][: k + 1] for i, k in turns if k + 1 < len(chats[i])]
+    upto = iter(_rendered(tokenizer, earlier, False))
     for (i, k), start in zip(turns, before, strict=True):
         text, spans = marked[i]
         stop = next(upto) if k + 1 < len(chats[i]) else text
@@ -98,3 +87,8 @@ def marked_turns(tokenizer: Any, chats: Sequence[Chat], where: str, everything: 
             )
         spans.append((len(start), max(len(start), len(stop.rstrip()))))
     return marked
+
+
+def _rendered(tokenizer: Any, chats: Sequence[Chat], prompt: bool) -> list[str]:
+    """Return chats as texts, with the header of an answer to come or without."""
+    return tokenizer.apply_chat_template(list(chats), tokenize=False, add_generation_prompt=prompt) if chats else []

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from orthoft.recipes.data import Row, read_splits, require
@@ -187,6 +188,16 @@ def padded_labels(examples: Sequence[Example]) -> Tensor:
     """Return the labels of each token (b, t), `IGNORED` where there is none."""
     rows = [torch.tensor(example["labels"]) for example in examples]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+
+
+def label_loss(logits: Tensor, labels: Tensor, count: Tensor | float | None = None) -> Tensor:
+    """Return the cross-entropy of logits (..., classes), a mean over the labels (...) or their sum over ``count``.
+
+    The Trainer counts the labels of a whole step, which may be several batches.
+    """
+    kept = "mean" if count is None else "sum"
+    loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction=kept)
+    return loss if count is None else loss / count
 
 
 def on_device(batch: Mapping[str, Tensor], model: nn.Module) -> Batch:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from orthoft.recipes.head import Head, fit_probe
-from orthoft.recipes.kinds.kind import IGNORED, Batch, Example, Kind, Scores, TaskData, on_device
+from orthoft.recipes.kinds.kind import IGNORED, Batch, Example, Kind, Scores, TaskData, label_loss, on_device
 from orthoft.recipes.metrics import accuracy, macro_f1
 from orthoft.recipes.task_schema import ProbedTask
 
@@ -107,7 +107,14 @@ class Classifier(nn.Module):
             else:
                 self.register_buffer(name, tensor.to(device), persistent=False)
 
-    def forward(self, labels: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
+    @property
+    def _no_split_modules(self) -> Any:
+        """The encoder's layers, by which FSDP2 groups weights."""
+        return getattr(self.encoder, "_no_split_modules", None)
+
+    def forward(
+        self, labels: Tensor, num_items_in_batch: Tensor | float | None = None, **inputs: Tensor
+    ) -> dict[str, Tensor]:
+        """Return logits, and the mean loss over the labels here, or over as many as the whole step has."""
         logits = F.linear(self.kind.features(self.encoder, inputs), self.weight, self.bias)  # (..., classes)
-        loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
-        return {"loss": loss, "logits": logits}
+        return {"loss": label_loss(logits, labels, num_items_in_batch), "logits": logits}

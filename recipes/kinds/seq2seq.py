@@ -20,6 +20,7 @@ from orthoft.recipes.kinds.kind import (
     Scores,
     TaskData,
     filled,
+    label_loss,
     on_device,
     padded,
     padded_labels,
@@ -72,6 +73,9 @@ class SequenceToSequence(Kind[Seq2Seq]):
         shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
         return super().inputs(model, batch) | {"decoder_input_ids": shifted}
 
+    def trained(self, model: nn.Module, head: Head | None) -> nn.Module:
+        return Writer(model)
+
     @torch.no_grad()
     def score(self, model: Any, head: Head | None, examples: Sequence[Example], size: int, what: str) -> Scores:
         """Return the mean loss per target token (nats), its exponential, and the scores of answers if they are wanted.
@@ -111,3 +115,22 @@ class SequenceToSequence(Kind[Seq2Seq]):
         model.eval()
         read = on_device(self.sources([self.prompt], return_tensors="pt"), model)
         return self.written(model, read)[0]
+
+
+class Writer(nn.Module):
+    """An encoder and a decoder with the loss that the Trainer wants: their own is a mean over each batch alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def _no_split_modules(self) -> Any:
+        """The layers by which FSDP2 groups weights."""
+        return getattr(self.model, "_no_split_modules", None)
+
+    def forward(
+        self, labels: Tensor, num_items_in_batch: Tensor | float | None = None, **inputs: Tensor
+    ) -> dict[str, Tensor]:
+        logits = self.model(labels=labels, **inputs).logits  # (b, u, words)
+        return {"loss": label_loss(logits.float(), labels, num_items_in_batch), "logits": logits}
