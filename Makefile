@@ -6,7 +6,7 @@ DEMO := .cache/demo
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-lm test lint types audit check faults clean
+.PHONY: demo demo-lm test lint docs types audit check faults clean
 
 # torch goes first and by version: whatever asks for "torch" later finds it there.
 $(BIN)/.ready: pyproject.toml constraints.txt
@@ -32,6 +32,14 @@ $(BIN)/.quantization: $(BIN)/.ready
 test: export OMP_NUM_THREADS = 1
 test: $(BIN)/.quantization
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+$(BIN)/.docs: $(BIN)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(BIN)/.docs  ## the documentation, in .cache/site
+	$(BIN)/mkdocs build --strict --quiet
 
 lint: $(BIN)/.ready
 	$(BIN)/ruff check .

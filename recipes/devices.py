@@ -33,6 +33,20 @@ def check_device(name: str | None) -> None:
         raise ValueError(f"{name!r} is one device for several processes: take 'cuda', and each has its own")
 
 
+def check_launch() -> None:
+    """Check what `accelerate launch` asks for: adapters look at whole weights, and one process scores the model.
+
+    Raises:
+        ValueError: weights would be in parts before there is an adapter, or after the training.
+    """
+    if _told("ACCELERATE_USE_DEEPSPEED") and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        raise ValueError("DeepSpeed's zero_stage 3 leaves no whole weights to look at: take stage 2, or FSDP2")
+    if in_parts() and _told("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise ValueError("fsdp_cpu_ram_efficient_loading leaves processes without weights to look at: set it to false")
+    if in_parts() and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError("FSDP is supported in its second version: set fsdp_version to 2")
+
+
 def on_cpu(name: str | None) -> bool:
     """Say whether a recipe computes on the CPU: by its word, or because there is nothing else."""
     return name == "cpu" or not torch.accelerator.is_available()
@@ -40,7 +54,7 @@ def on_cpu(name: str | None) -> bool:
 
 def in_parts() -> bool:
     """Say whether accelerate was told to keep a part of each weight on each process (FSDP)."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return _told("ACCELERATE_USE_FSDP")
 
 
 def placed(args: TrainingArguments, name: str | None) -> TrainingArguments:
@@ -57,6 +71,10 @@ def placed(args: TrainingArguments, name: str | None) -> TrainingArguments:
     elif in_parts() and device.type == "cpu":
         state.distributed_type = DistributedType.MULTI_GPU  # accelerate shards there alone, FSDP2 on gloo as well
     return args
+
+
+def _told(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
 
 
 def merge_device(name: str | None) -> dict[str, Any]:

@@ -52,4 +52,4 @@ class KeepBest(TrainerCallback):
 
     def told(self) -> dict[str, Any]:
         """Return which step was kept, and its loss on the tuning split."""
-        return {"step": self.step, "loss": self.loss}
+        return {"step": self.step, "loss": self.loss if self.best else None}

@@ -154,17 +154,7 @@ def train(
         loss = trainer.train(resume_from_checkpoint=found(checkpoints, ready.mark, args, say)).training_loss
     if not math.isfinite(loss):
         raise ValueError(f"{task.name}: the training loss is {loss}; lower training.learning_rate")
-    told = {
-        "task": task.name,
-        "adapter": task.adapter.model_dump(),
-        "parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "steps": trainer.state.global_step,
-        "processes": PartialState().num_processes,
-        "seconds": round(time.perf_counter() - start, 2),
-        "losses": [[log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log],
-        "kept": next((c.told() for c in trainer.callback_handler.callbacks if isinstance(c, KeepBest)), None),
-        "fingerprint": ready.mark,
-    }
+    told = told_of(trainer, ready) | {"seconds": round(time.perf_counter() - start, 2)}
     save(model, folder, told)
     if trainer.is_world_process_zero():
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -184,3 +174,18 @@ def found(folder: Path, mark: str, args: TrainingArguments, say: Say) -> str | N
     if last is not None:
         say(f"  goes on from step {last.name.removeprefix('checkpoint-')}")
     return None if last is None else str(last)
+
+
+def told_of(trainer: RecipeTrainer, ready: Ready) -> dict[str, Any]:
+    """Return what is known of a training that is done."""
+    stopping = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, KeepBest)]
+    return {
+        "task": ready.task.name,
+        "adapter": ready.task.adapter.model_dump(),
+        "parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "steps": trainer.state.global_step,
+        "processes": PartialState().num_processes,
+        "losses": [[log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log],
+        "kept": stopping[0].told() if stopping else None,
+        "fingerprint": ready.mark,
+    }

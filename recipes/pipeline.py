@@ -119,7 +119,10 @@ class Run:
                 with self.timed("finetune"):
                     known = train(self.recipe, ready, self.base, folder, self.rows(task.name), self.say)
                 last = f", loss {known['losses'][-1][1]:.3f}" if known["losses"] else ""
-                self.say(f"  {task.adapter.type}, {known['parameters']:,} parameters: {known['steps']} steps{last}")
+                kept = f", kept those of step {known['kept']['step']}" if known["kept"] else ""
+                self.say(
+                    f"  {task.adapter.type}, {known['parameters']:,} parameters: {known['steps']} steps{last}{kept}"
+                )
             else:
                 self.say(f"  reused {folder}")
             self.results["experts"][task.name] = {"folder": str(folder)} | known

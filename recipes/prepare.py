@@ -15,7 +15,7 @@ import yaml
 
 from orthoft.merging import READERS
 from orthoft.merging.wish import Wish, wish_for
-from orthoft.recipes.devices import check_device
+from orthoft.recipes.devices import check_device, check_launch
 from orthoft.recipes.finetune import training_arguments
 from orthoft.recipes.load import RecipeError
 from orthoft.recipes.models import adapter_config
@@ -40,6 +40,7 @@ def check(recipe: Recipe) -> None:
             mistakes.append(f"{place}: {' '.join(str(error).split())}")
 
     attempt("device", partial(check_device, recipe.device))
+    attempt("accelerate launch", check_launch)
     if mistakes:  # else every task would tell of it
         raise RecipeError(mistakes[0])
     for i, task in enumerate(recipe.tasks):

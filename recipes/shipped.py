@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,13 +21,13 @@ TASKS: tuple[type[TaskBase], ...] = get_args(Task)
 
 
 def shipped() -> dict[str, str]:
-    """Return the recipes that come with orthoft, by name: what the first line of each says."""
+    """Return the recipes, and configs for `accelerate launch`, that ship, by name: what the first line of each says."""
     said = {name: file.read_text(encoding="utf-8").partition("\n")[0] for name, file in _files().items()}
     return {name: line.removeprefix("#").strip() for name, line in said.items()}
 
 
 def copy(name: str, to: str | Path | None = None) -> Path:
-    """Copy a recipe that ships to a file, or into a folder, and return the file; here under its own name unless given.
+    """Copy what ships to a file, or into a folder, and return the file; here under its own name unless given.
 
     Raises:
         ValueError: there is no recipe of this name.
@@ -114,8 +115,9 @@ def _keys(model: type[Recipe] | type[MergeJob]) -> set[str]:
 
 
 def _files() -> dict[str, Traversable]:
-    found = resources.files("orthoft.recipes").joinpath("configs").iterdir()
-    return {file.name.removesuffix(".yaml"): file for file in sorted(found, key=lambda file: file.name)}
+    root = resources.files("orthoft.recipes")
+    found = [sorted(root.joinpath(name).iterdir(), key=lambda file: file.name) for name in ("configs", "accelerate")]
+    return {file.name.removesuffix(".yaml"): file for file in chain.from_iterable(found)}
 
 
 def _write(out: Path, text: str) -> None:

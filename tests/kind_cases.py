@@ -155,7 +155,7 @@ PAIRS = {
     "data": lambda folder, which, seed: pair_task(folder, 1 + 4 * which, seed),
     "stranger": pairs_by_stranger,
     "words": {"generate": True, "prompt": "w3 w4", "new_tokens": 8},
-    "training": {"max_steps": 150},
+    "training": {"max_steps": 60},
     "adapter": ALL_LINEAR,
     "bad": {
         "no column": ({"target": None}, "a test: a row has no 'target', its columns are source, target"),
@@ -181,6 +181,7 @@ CASES = [
         base=lambda folder: save_bert(folder, initializer_range=0.1, dropout=0.0),
         data=lambda folder, which, seed: tag_task(folder, 3 * which, seed),
         stranger=tags_by_stranger,
+        training={"max_steps": 60},
         adapter={"type": "lora", "r": 4, "target_modules": "all-linear", "exclude_modules": ["pooler.dense"]},
         bad={
             "no column": ({"tags": None}, "a test: a row has no 'tags', its columns are tokens, tags"),
@@ -197,6 +198,7 @@ CASES = [
         base=save_vit,
         data=lambda folder, which, seed: image_task(folder, (("disc", "cross"), ("disc", "ring"))[which], seed),
         stranger=pictures_by_stranger,
+        training={"max_steps": 40},
         bad={
             "no column": ({"image": None}, "a test: a row has no 'image', its columns are image, label"),
             "unknown label": NO_LABEL,
@@ -213,6 +215,7 @@ CASES = [
         base=save_llama,
         data=lambda folder, which, seed: text_task(folder, 1 + 4 * which, seed),
         stranger=running_text_by_stranger,
+        training={"max_steps": 30},
         words={"block_size": 16, "prompt": "w0 w1"},
         bad={"no column": ({"text": None}, "a test: a row has no 'text', its columns are text")},
         adapter=ALL_LINEAR,

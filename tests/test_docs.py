@@ -103,13 +103,21 @@ def test_the_comparison_holds_only_measured_numbers() -> None:
     assert not {number for number in numbers if number not in measured}
 
 
-def test_the_page_of_commands_is_their_help(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("page", "found"),
+    [
+        ("commands.md", ["\n## orthoft merge\n", "\n## orthoft recipes validate\n", "--dry-run"]),
+        (
+            "recipes.md",
+            ["\n### Recipe\n", "| `tasks` | list of ", "\n### TrainToMerge\n", "| `rows` | whole number | `300` |"],
+        ),
+    ],
+)
+def test_pages_are_made_from_the_code(page: str, found: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from docs_commands import PLACE, on_page_markdown
+    from docs_pages import on_page_markdown
 
-    page = on_page_markdown((DOCS / "reference/commands.md").read_text(encoding="utf-8"))
-    assert PLACE not in page
-    for command in ("orthoft merge", "orthoft recipes validate", "orthoft doctor"):
-        assert f"\n## {command}\n" in page
-    assert "--dry-run" in page
+    made = on_page_markdown((DOCS / "reference" / page).read_text(encoding="utf-8"))
+    assert "<!--" not in made
+    assert [text for text in found if text not in made] == []
     assert on_page_markdown("another page") == "another page"

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
+from pages import Block, blocks, run_command, run_python
 from peft import get_peft_model
 from transformers import AutoModel, BertConfig, BertModel
 
 from orthoft import HRAConfig, OFTv2Config
-from orthoft.cli import main
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
-SHELL = "".join(re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)).replace("\\\n", "")
-COMMANDS = [line for line in SHELL.splitlines() if line.startswith("orthoft ") and "recipes/" not in line]
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+BLOCKS = [block for block in blocks(README) if block.language == "python"]
+SHELL = [line for block in blocks(README) if block.language == "bash" for line in block.commands]
+COMMANDS = [line for line in SHELL if line.startswith("orthoft ") and "recipes/" not in line]
 
 
 @pytest.fixture
@@ -36,16 +35,14 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=[f"block{i}" for i in range(len(BLOCKS))])
-def test_python_blocks_run(code: str, demo: Path) -> None:
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+@pytest.mark.parametrize("block", BLOCKS, ids=[f"line{block.line}" for block in BLOCKS])
+def test_python_blocks_run(block: Block, demo: Path) -> None:
+    run_python(block.text, "README.md", {"__name__": "readme"})
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
 def test_commands_run(command: str, demo: Path) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(shlex.split(command)[1:])
-    assert stopped.value.code == 0
+    run_command(command)
 
 
 def test_every_command_of_the_readme_exists() -> None:

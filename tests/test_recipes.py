@@ -26,6 +26,7 @@ from orthoft.recipes.kinds import kind_of
 from orthoft.recipes.kinds.probed import Classifier
 from orthoft.recipes.models import adapter_config, load_model
 from orthoft.recipes.rehearse import adapter_ranks
+from orthoft.recipes.shipped import copy
 from orthoft.recipes.table import gain_kept, gains, table
 from orthoft.recipes.task_schema import Adapter
 
@@ -114,7 +115,7 @@ MISTAKES = [
     (
         "tasks.0.block_size",
         8,
-        "tasks[0].block_size: unknown key, known are name, kind, adapter, data, training, max_length",
+        "tasks[0].block_size: unknown key, known are name, kind, adapter, data, training, ",
     ),
     ("merge.weights", [1.0], "merge.weights has 1 numbers for 2 tasks"),
     ("merge.weights", ["a", 1.0], "merge.weights[0]: expected a valid number, got 'a'"),
@@ -564,8 +565,9 @@ def test_two_processes_train_together_and_one_writes(models: Path, tmp_path: Pat
     recipe, out = tmp_path / "r.yaml", tmp_path / "out"
     words = classification(models, out, max_steps=3)
     recipe.write_text(yaml.safe_dump(words), encoding="utf-8")
-    launch = "-m torch.distributed.run --standalone --nproc_per_node 2 -m orthoft.cli run"  # as accelerate does
-    command = [sys.executable, *launch.split(), str(recipe)]
+    config = str(copy("ddp-cpu", tmp_path))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "-m", "orthoft.cli", "run"]
+    command = [*launch, str(recipe), "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class Broken(RuntimeError):
 
 
 @pytest.fixture
-def broken_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def broken_off(monkeypatch: pytest.MonkeyPatch) -> Callable[[Words, int], None]:
     """A function that runs a recipe up to a step of its task, at which it breaks."""
 
     def run_up_to(words: Words, step: int) -> None:
@@ -94,7 +94,13 @@ def broken_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             with pytest.raises(Broken):
                 run(words, until="finetune")
 
-    yield run_up_to
+    return run_up_to
+
+
+@pytest.fixture(scope="module")
+def whole(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """An expert whose training was not interrupted."""
+    return trained(classification(models, tmp_path_factory.mktemp("whole") / "out"))[1]
 
 
 # Checkpoints
@@ -113,20 +119,18 @@ run(json.loads(sys.argv[1]), until="finetune")
 """
 
 
-def test_a_killed_training_goes_on_to_the_same_bits(models: Path, tmp_path: Path) -> None:
+def test_a_killed_training_goes_on_to_the_same_bits(models: Path, tmp_path: Path, whole: dict[str, Tensor]) -> None:
     words, lines = classification(models, tmp_path / "killed", save_steps=5), list[str]()
     killed = subprocess.run([sys.executable, "-c", KILLED, json.dumps(words)], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     _, tensors = trained(words, lines)
     assert "  goes on from step 5" in lines
-    whole, expected = trained(classification(models, tmp_path / "whole"))
-    assert same(tensors, expected)
-    assert whole["losses"][-1][1] < whole["losses"][0][1]
+    assert same(tensors, whole)
 
 
-@pytest.mark.parametrize(("kind", "step"), [(classification, 4), (classification, 8), (language, 4), (language, 10)])
+@pytest.mark.parametrize(("kind", "step"), [(classification, 8), (language, 4), (language, 10)])
 def test_a_broken_training_goes_on_to_the_same_bits(
-    kind: Any, step: int, models: Path, tmp_path: Path, broken_off: Any
+    kind: Any, step: int, models: Path, tmp_path: Path, broken_off: Callable[[Words, int], None]
 ) -> None:
     """With dropout, momentum, a schedule, accumulated gradients and autocast."""
     more = {"lr_scheduler_type": "cosine", "warmup_steps": 3, "gradient_accumulation_steps": 2, "bf16": True}
@@ -142,7 +146,9 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((out / "experts" / ".a.trainer").glob("checkpoint-*"))
 
 
-def test_a_checkpoint_holds_what_is_trained_and_no_pickle(models: Path, tmp_path: Path, broken_off: Any) -> None:
+def test_a_checkpoint_holds_what_is_trained_and_no_pickle(
+    models: Path, tmp_path: Path, broken_off: Callable[[Words, int], None]
+) -> None:
     words = classification(models, tmp_path / "out", save_steps=2)
     broken_off(words, 9)
     kept = checkpoints(tmp_path / "out")
@@ -155,7 +161,9 @@ def test_a_checkpoint_holds_what_is_trained_and_no_pickle(models: Path, tmp_path
     assert {path.name for path in (tmp_path / "out" / "experts").iterdir()} == {"a"}
 
 
-def test_a_broken_checkpoint_is_passed_over(models: Path, tmp_path: Path, broken_off: Any) -> None:
+def test_a_broken_checkpoint_is_passed_over(
+    models: Path, tmp_path: Path, broken_off: Callable[[Words, int], None], whole: dict[str, Tensor]
+) -> None:
     out, lines = tmp_path / "out", list[str]()
     words = classification(models, out, save_steps=2)
     broken_off(words, 9)
@@ -164,10 +172,12 @@ def test_a_broken_checkpoint_is_passed_over(models: Path, tmp_path: Path, broken
     _, tensors = trained(words, lines)
     assert f"  skipped {file.parent}: state.safetensors is broken" in lines
     assert "  goes on from step 6" in lines
-    assert same(tensors, trained(classification(models, tmp_path / "whole"))[1])
+    assert same(tensors, whole)
 
 
-def test_checkpoints_of_other_data_are_not_taken_up(models: Path, tmp_path: Path, broken_off: Any) -> None:
+def test_checkpoints_of_other_data_are_not_taken_up(
+    models: Path, tmp_path: Path, broken_off: Callable[[Words, int], None]
+) -> None:
     words, lines = classification(models, tmp_path / "out", save_steps=2), list[str]()
     words["tasks"][0]["data"] = label_task(tmp_path / "mine", 0, seed=3)
     broken_off(words, 5)
@@ -198,7 +208,9 @@ def test_training_stops_early_and_keeps_what_was_best(models: Path, tmp_path: Pa
         assert same(tensors, trained(words)[1]) == (name == "short")
 
 
-def test_a_broken_training_stops_where_a_whole_one_does(models: Path, tmp_path: Path, broken_off: Any) -> None:
+def test_a_broken_training_stops_where_a_whole_one_does(
+    models: Path, tmp_path: Path, broken_off: Callable[[Words, int], None]
+) -> None:
     whole, expected = trained(stopping(models, tmp_path / "whole"))
     words = stopping(models, tmp_path / "broken", save_steps=2)
     broken_off(words, whole["steps"] - 1)
@@ -212,7 +224,10 @@ def test_a_broken_training_stops_where_a_whole_one_does(models: Path, tmp_path: 
 
 
 def test_bfloat16_is_of_the_products_alone(models: Path, tmp_path: Path) -> None:
-    words = classification(models, tmp_path / "out", bf16=True, max_steps=40) | {"merge": {"method": "mean"}}
+    words = classification(models, tmp_path / "out", bf16=True, max_steps=40) | {
+        "merge": {"method": "mean"},
+        "device": "cpu",
+    }
     results = run(words)
     losses = [loss for _, loss in results["experts"]["a"]["losses"]]
     assert losses[-1] < losses[0] - 0.05
@@ -222,7 +237,8 @@ def test_bfloat16_is_of_the_products_alone(models: Path, tmp_path: Path) -> None
     assert not same(tensors, exact)
     merged = load_file(tmp_path / "out" / "merged" / "model.safetensors")
     assert all(value.isfinite().all() for value in merged.values())
-    assert results["scores"]["merge"]["a"] == results["scores"]["a"]["a"]  # of one expert
+    merge, expert = (results["scores"][row]["a"]["loss"] for row in ("merge", "a"))
+    assert merge == pytest.approx(expert, abs=1e-4)  # of one expert
 
 
 @pytest.mark.parametrize("kind", [classification, language])
@@ -239,8 +255,7 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(kind: Any, models: 
         torch.testing.assert_close(twice[name], value, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("kind", [classification, language])
+@pytest.mark.parametrize(("kind", "reentrant"), [(classification, True), (language, False)])
 def test_checkpointed_activations_change_nothing(kind: Any, reentrant: bool, models: Path, tmp_path: Path) -> None:
     _, expected = trained(kind(models, tmp_path / "plain", max_steps=3))
     more = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
@@ -285,7 +300,7 @@ def test_a_quantised_base_is_trained_and_scored_and_the_merge_is_whole(models: P
 
 @pytest.mark.parametrize("words", [{}, {"load_in_4bit": True, "load_in_8bit": True}])
 def test_one_width_of_quantisation(words: Words, models: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="^quantization: choose one of load_in_4bit and load_in_8bit$"):
+    with pytest.raises(RecipeError, match=r"^quantization: choose one of load_in_4bit and load_in_8bit$"):
         run(classification(models, tmp_path / "out") | {"quantization": words})
 
 
@@ -294,14 +309,9 @@ def test_one_width_of_quantisation(words: Words, models: Path, tmp_path: Path) -
 
 def test_a_device_that_is_not_there_is_one_line(models: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
-        run(classification(models, tmp_path / "out") | {"device": "cuda:77"})
+        run(language(models, tmp_path / "out") | {"device": "cuda:77"})
     assert str(error.value).startswith("device: no device 'cuda:77' here, choose from: cpu")
     assert not (tmp_path / "out").exists()
-
-
-def test_the_device_is_that_of_the_merge(models: Path, tmp_path: Path) -> None:
-    words = classification(models, tmp_path / "out", max_steps=2) | {"device": "cpu", "merge": {"method": "mean"}}
-    assert run(words)["recipe"]["device"] == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -313,7 +323,24 @@ def test_the_device_is_that_of_the_merge(models: Path, tmp_path: Path) -> None:
 )
 def test_words_that_would_do_nothing_are_refused(training: Words, line: str, models: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=line):
-        run(classification(models, tmp_path / "out", **training) | {"device": "cpu"})
+        run(language(models, tmp_path / "out", **training) | {"device": "cpu"})
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero_stage 3"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "efficient_loading leaves"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "set fsdp_version to 2"),
+    ],
+)
+def test_a_launch_that_leaves_no_whole_weights_is_refused(
+    variables: dict[str, str], line: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match=f"^accelerate launch: .*{line}"):
+        run(language(models, tmp_path / "out"))
 
 
 def test_a_loss_that_is_no_number_is_one_line(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +349,7 @@ def test_a_loss_that_is_no_number_is_one_line(models: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(RecipeTrainer, "training_step", nothing)
     with pytest.raises(ValueError, match=r"^a: the training loss is nan; lower training\.learning_rate$"):
-        run(classification(models, tmp_path / "out"))
+        run(language(models, tmp_path / "out"))
 
 
 def test_too_little_memory_says_what_to_lower(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,6 +358,6 @@ def test_too_little_memory_says_what_to_lower(models: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(RecipeTrainer, "training_step", full)
     with pytest.raises(MemoryError) as error:
-        run(classification(models, tmp_path / "out"))
+        run(language(models, tmp_path / "out"))
     assert str(error.value).startswith("a: CUDA out of memory; lower training.per_device_train_batch_size")
     assert len(str(error.value).splitlines()) == 1

@@ -13,18 +13,18 @@ from orthoft.merging.spaces import SPACES
 from orthoft.recipes.live_merge import LiveMerge
 
 # The merge is brought to the mean norm of the tasks, then multiplied by one of these.
-STRENGTHS = (0.5, 1.0, 1.5, 2.2)
-PLAIN = (0.3, 0.6, 1.0, 1.5)  # of methods and spaces that say themselves how long the merge is
+STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.2)
+PLAIN = (0.15, 0.3, 0.6, 1.0, 1.5)  # of methods and spaces that say themselves how long the merge is
 GRAM = ("regmean", "frank_wolfe")  # need the inputs of each expert
 SUM = (("task_arithmetic", "auto"),)
 SOME = (
     *SUM,
-    ("iso_c", "auto"),
-    ("tsv", "auto"),
-    ("opcm", "auto"),
-    ("ties", "full"),
     ("ties", "core"),
     ("mean", "rotation"),
+    ("tsv", "auto"),
+    ("iso_c", "auto"),
+    ("opcm", "auto"),
+    ("ties", "full"),
     ("regmean", "full"),
 )
 
@@ -102,9 +102,9 @@ class Merges:
                 tried[at] = known if self.shop.metric == "accuracy" else -known
             return tried[at]
 
-        at = 1
-        step = 1 if value(2) > value(1) else -1
-        at = 2 if step == 1 else 1
+        middle = len(choices) // 2
+        step = 1 if value(middle + 1) > value(middle) else -1
+        at = middle + (step == 1)
         while 0 <= at + step < len(choices) and value(at + step) > value(at):
             at += step
         self.cells.put(choices[at]["scale"], *place, "scale")

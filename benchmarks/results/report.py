@@ -20,10 +20,10 @@ METRIC = {"classification": "accuracy", "causal-lm": "loss"}
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge of one row: the strengths chosen and, by seed, the mean score and the share of the gain kept."""
+    """A merge of one row by seed: its score on tuning rows at the strength chosen, on test rows, and the gain kept."""
 
     name: str
-    scales: list[float]
+    tuning: list[float]
     scores: list[float]
     kept: list[float]
 
@@ -80,10 +80,15 @@ class Measured:
                 if "test" in one:
                     score = mean(one["test"].values())
                     merge = found.setdefault(name, Merge(name, [], [], []))
-                    merge.scales.append(one["scale"])
+                    merge.tuning.append(one["tuning"][f"{one['scale']:g}"])
                     merge.scores.append(score)
                     merge.kept.append((score - base) / (experts - base))
         return dict(sorted(found.items(), key=lambda item: -mean(item[1].kept)))
+
+    def best(self, row: str) -> Merge:
+        """The merge that does best on tuning rows."""
+        choose = max if self.metric == "accuracy" else min
+        return choose(self.merges(row).values(), key=lambda merge: mean(merge.tuning))
 
     def forgotten(self, row: str) -> list[float]:
         """By seed, how much worse than the base the experts are on the other tasks, on average."""
@@ -137,18 +142,18 @@ def merges(measured: Measured) -> str:
 
 
 def to_merge(measured: Measured) -> str:
-    """Trained plainly against trained to merge: the experts, their sum, and the best of the merges that were tried."""
+    """Trained plainly against trained to merge: the experts, their sum, and the merge that does best on tuning rows."""
     lines = []
     for row in measured.rows:
         found = measured.merges(row)
         if "task_arithmetic/auto" not in found:
             continue
-        plain, best = found["task_arithmetic/auto"], next(iter(found.values()))
+        plain, best = found["task_arithmetic/auto"], measured.best(row)
         told = [measured.suite.rows[row].title, f"{measured.parameters(row):,}", spread(measured.experts(row))]
         told += [spread(plain.scores), spread(plain.kept, 2)]
         told += [f"{best.name}, of {len(found)}", spread(best.kept, 2)] if len(found) > 1 else ["", ""]
         lines.append(told)
-    return markdown(["", "trained", "experts", "sum", "gain kept", "best merge", "gain kept"], lines)
+    return markdown(["", "trained", "experts", "sum", "gain kept", "merge chosen on tuning rows", "gain kept"], lines)
 
 
 def forgetting(measured: Measured) -> str:

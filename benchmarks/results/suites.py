@@ -89,6 +89,7 @@ ENCODER_ROWS = {
     ),
     "penalty": Row("LoRA to merge: penalty 10, r=8", LORA, rate_of="lora", keep_away=10.0),
     "penalty-300": Row("LoRA to merge: penalty 300, r=8", LORA, rate_of="lora", keep_away=300.0),
+    "penalty-3000": Row("LoRA to merge: penalty 3000, r=8", LORA, rate_of="lora", keep_away=3000.0),
     "contrastive-free": Row(
         "LoRA to merge: contrastive start, penalty 300, r=8",
         LORA,

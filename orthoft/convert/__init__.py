@@ -2,10 +2,10 @@
 
 from orthoft.convert.check import serving_notes
 from orthoft.convert.conversion import Conversion, LayerReport
+from orthoft.convert.gguf_export import GgufFile, to_gguf
 from orthoft.convert.inward import from_peft
 from orthoft.convert.lora import to_lora
 from orthoft.convert.outward import to_peft
-from orthoft.convert.gguf_export import GgufFile, to_gguf
 from orthoft.merging.files.upload import Push, push_to_hub
 
 __all__ = [

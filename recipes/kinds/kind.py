@@ -47,7 +47,8 @@ class Kind(ABC, Generic[T]):
     peft_task: ClassVar[str | None] = None
 
     def __init__(self, task: T, base: Path) -> None:
-        self.task, self.processor = task, self.load_processor(base)
+        self.task = task
+        self.processor = self.load_processor(base)
 
     def load_processor(self, base: Path) -> Any:
         """Return what turns raw values into the model's inputs.

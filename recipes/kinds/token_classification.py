@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,10 +55,8 @@ class TokenClassification(Probed[Words]):
         examples = []
         for i, (words, _) in enumerate(sentences):
             of_words, places = [next(flat) for _ in words], read.word_ids(i)
-            before = [None, *places[:-1]]
             labels = [
-                IGNORED if word is None or word == last else of_words[word]
-                for word, last in zip(places, before, strict=True)
+                IGNORED if word is None or word == last else of_words[word] for last, word in pairwise([None, *places])
             ]
             if all(label == IGNORED for label in labels):
                 raise ValueError(f"{where}: no word of {' '.join(words)[:40]!r} fits {self.task.max_length} tokens")
