@@ -6,7 +6,7 @@ DEMO := .cache/demo
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-lm test lint docs types audit check faults clean
+.PHONY: demo demo-lm results test lint docs types audit check faults clean
 
 # torch goes first and by version: whatever asks for "torch" later finds it there.
 $(BIN)/.ready: pyproject.toml constraints.txt
@@ -23,6 +23,10 @@ demo-lm: $(BIN)/.ready  ## the same for a language model (about 20 minutes on 2 
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf
 	$(BIN)/python examples/demo_data.py --out $(DEMO) --only smollm2 kjv maths german
 	$(BIN)/orthoft run recipes/configs/smollm2.yaml --overwrite
+
+results: $(BIN)/.ready  ## measure what docs/results.md lacks, and write its tables (hours; stop it as you like, it goes on)
+	$(BIN)/python examples/demo_data.py --out $(DEMO) --all
+	$(BIN)/python -m benchmarks.results
 
 # The tests also meet quantised bases; the demo does not need the packages, and import peft is quieter without them.
 $(BIN)/.quantization: $(BIN)/.ready

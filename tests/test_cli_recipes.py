@@ -17,6 +17,8 @@ from orthoft.recipes.task_schema import training_model
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+LAUNCH = CONFIGS.parent / "accelerate"
+LISTED = [*NAMES, *sorted(file.stem for file in LAUNCH.glob("*.yaml"))]
 
 
 def outcome(*arguments: object) -> int:
@@ -50,10 +52,12 @@ def recipe_words(folder: Path, **words: Any) -> dict[str, Any]:
 def test_all_that_ship_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert outcome("ls", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert list(found) == NAMES
-    assert all(f"# {line}" == (CONFIGS / f"{name}.yaml").read_text().splitlines()[0] for name, line in found.items())
+    assert list(found) == LISTED
+    for name, line in found.items():
+        file = (CONFIGS if name in NAMES else LAUNCH) / f"{name}.yaml"
+        assert f"# {line}" == file.read_text(encoding="utf-8").splitlines()[0]
     assert outcome("ls") == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == NAMES
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == LISTED
 
 
 @pytest.mark.parametrize(("dest", "file"), [(None, "minilm.yaml"), ("x.yaml", "x.yaml"), (".", "minilm.yaml")])
