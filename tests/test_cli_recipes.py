@@ -18,7 +18,7 @@ from orthoft.recipes.task_schema import training_model
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
 LAUNCH = CONFIGS.parent / "accelerate"
-LISTED = [*NAMES, *sorted(file.stem for file in LAUNCH.glob("*.yaml"))]
+LISTED = [*NAMES, *(file.stem for file in sorted(LAUNCH.glob("*.yaml")))]
 
 
 def outcome(*arguments: object) -> int:
