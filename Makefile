@@ -24,7 +24,9 @@ demo-lm: $(BIN)/.ready  ## the same for a language model (about 20 minutes on 2 
 	$(BIN)/python examples/demo_data.py --out $(DEMO) --only smollm2 kjv maths german
 	$(BIN)/orthoft run recipes/configs/smollm2.yaml --overwrite
 
+results: export OMP_NUM_THREADS = 1
 results: $(BIN)/.ready  ## measure what docs/results.md lacks, and write its tables (hours; stop it as you like, it goes on)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,dev]'
 	$(BIN)/python examples/demo_data.py --out $(DEMO) --all
 	$(BIN)/python -m benchmarks.results
 

@@ -6,7 +6,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +130,12 @@ def train(
     folder: Path,
     rows: Mapping[str, Tensor] | None = None,
     say: Say = lambda line: None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train a task's adapter, save it to ``folder`` (from the main process), and return what is known of it.
 
     A training that was broken off goes on from its last checkpoint, if it makes them: ``save_steps`` in ``training``.
-    With ``rows``, see `orthoft.recipes.initialise`, it reads its inputs through these alone.
+    With ``rows``, see `orthoft.recipes.initialise`, it reads its inputs through these, alone or at the start.
 
     Raises:
         ValueError: the loss became NaN or infinite.
@@ -149,8 +150,10 @@ def train(
         args = training_arguments(recipe, task, checkpoints)
         model = adapted(recipe, task, base, args)
         if rows is not None:
-            initialise(model, rows)
+            initialise(model, rows, frozen=recipe.train_to_merge is None or recipe.train_to_merge.frozen)
         trainer = make_trainer(ready, model, args)
+        for callback in callbacks:
+            trainer.add_callback(callback)
         loss = trainer.train(resume_from_checkpoint=found(checkpoints, ready.mark, args, say)).training_loss
     if not math.isfinite(loss):
         raise ValueError(f"{task.name}: the training loss is {loss}; lower training.learning_rate")

@@ -16,7 +16,6 @@ from typing import Any
 import peft
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from orthoft.errors import unknown
@@ -29,6 +28,7 @@ from orthoft.recipes.expert import Ready, fingerprint, finished
 from orthoft.recipes.export_check import export_check
 from orthoft.recipes.finetune import train
 from orthoft.recipes.head import Head
+from orthoft.recipes.keep_away import KeepAway
 from orthoft.recipes.kinds import KINDS, kind_of
 from orthoft.recipes.models import load_model
 from orthoft.recipes.prepare import RESULTS, check, open_output, quiet
@@ -36,7 +36,7 @@ from orthoft.recipes.rehearse import rehearse
 from orthoft.recipes.schema import Recipe
 from orthoft.recipes.table import MERGED, gains, table
 from orthoft.recipes.task_schema import Task
-from orthoft.recipes.train_to_merge import save_subspaces
+from orthoft.recipes.train_to_merge import read_subspace, save_subspaces
 
 Say = Callable[[str], None]
 
@@ -117,7 +117,8 @@ class Run:
             ready = self.ready[i] = self._with_head(ready, fit=known is None) if data.classes else ready
             if known is None:
                 with self.timed("finetune"):
-                    known = train(self.recipe, ready, self.base, folder, self.rows(task.name), self.say)
+                    rows, callbacks = self.apart(task.name)
+                    known = train(self.recipe, ready, self.base, folder, rows, self.say, callbacks)
                 last = f", loss {known['losses'][-1][1]:.3f}" if known["losses"] else ""
                 kept = f", kept those of step {known['kept']['step']}" if known["kept"] else ""
                 self.say(
@@ -133,17 +134,16 @@ class Run:
             return
         to_train = [r for r in self.ready if finished(self.expert(r.task.name), r.mark) is None]
         if to_train and PartialState().is_main_process:
-            self.say(f"choosing subspaces: {self.recipe.train_to_merge.method}")
+            self.say(f"keeping the tasks apart: {self.recipe.train_to_merge.method or 'penalty'}")
             with self.timed("subspaces"):
                 save_subspaces(self.recipe, self.base, self.out / "subspaces")
         PartialState().wait_for_everyone()
 
-    def rows(self, name: str) -> dict[str, Tensor] | None:
-        """Return the rows through which a task's adapter reads, if they were chosen."""
+    def apart(self, name: str) -> tuple[dict[str, Tensor] | None, list[KeepAway]]:
+        """Return the rows through which a task's adapter reads, if some were chosen, and the callbacks of a penalty."""
         if self.recipe.train_to_merge is None:
-            return None
-        rows: dict[str, Tensor] = load_file(self.out / "subspaces" / f"{name}.safetensors")
-        return rows
+            return None, []
+        return read_subspace(self.recipe.train_to_merge, self.out / "subspaces", name)
 
     def _with_head(self, ready: Ready, fit: bool) -> Ready:
         """Fit the probe in the main process, and let every process read it from disk."""

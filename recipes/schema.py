@@ -42,13 +42,17 @@ class Merge(MergeWords):
 
 
 class TrainToMerge(Strict):
-    """Where each task may write, chosen before training from a few unlabelled rows of all tasks, and frozen.
+    """What keeps the tasks apart before they are merged, from a few unlabelled rows of all of them.
 
-    ``rows`` of each task's train split, and of the texts in ``general`` (JSONL, CSV or Parquet, column ``text``), which
-    stand for tasks that are not known yet; ``ridge`` is of "contrastive". Rank and layers are the adapters' own.
+    ``method`` chooses the subspace in which each task may write, ``frozen`` unless a LoRA is to train on from there;
+    ``ridge`` is of "contrastive". ``penalty`` weighs what a LoRA's update does to the other tasks' inputs beside the
+    loss (300, say). ``rows`` are of each task's train split, and of the texts in ``general`` (JSONL, CSV or Parquet,
+    column ``text``), which stand for tasks that are not known yet. Rank and layers are the adapters' own.
     """
 
-    method: Literal["osrm", "contrastive", "orthogonal", "principal"]
+    method: Literal["osrm", "contrastive", "orthogonal", "principal"] | None = None
+    frozen: bool = True
+    penalty: PositiveFloat | None = None
     rows: PositiveInt = 300
     ridge: PositiveFloat = 1e-2
     general: PathText | None = None
@@ -159,6 +163,10 @@ class Recipe(Strict):
             raise ValueError(
                 f"train_to_merge needs adapters all of type lora or all psoft, got {', '.join(sorted(types))}"
             )
+        if self.train_to_merge.method is None and self.train_to_merge.penalty is None:
+            raise ValueError("train_to_merge needs a method, a penalty, or both")
+        if types == {"psoft"} and (self.train_to_merge.penalty is not None or not self.train_to_merge.frozen):
+            raise ValueError("train_to_merge: penalty and frozen: false are for adapters of type lora")
         if types == {"psoft"} and self.train_to_merge.method == "osrm":
             raise ValueError("train_to_merge: rotations need subspaces without overlap, which osrm does not give")
         return self

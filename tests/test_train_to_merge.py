@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from tiny import label_task, save_bert, write_rows
+from torch import Tensor
 
 from orthoft.recipes import RecipeError, load, run
 
@@ -81,12 +82,12 @@ def test_other_data_of_another_task_train_again(models: Path, tmp_path: Path) ->
     run(recipe, until="finetune")
     run(recipe, until="finetune", say=lines.append)
     assert sum("reused" in line for line in lines) == 2
-    assert not any("choosing" in line for line in lines)
+    assert not any("keeping" in line for line in lines)
     label_task(tmp_path / "b", 5, seed=9)
     lines.clear()
     run(recipe, until="finetune", say=lines.append)
     assert not any("reused" in line for line in lines)
-    assert "choosing subspaces: contrastive" in lines
+    assert "keeping the tasks apart: contrastive" in lines
 
 
 def test_general_text_moves_the_subspaces(models: Path, tmp_path: Path) -> None:
@@ -99,9 +100,34 @@ def test_general_text_moves_the_subspaces(models: Path, tmp_path: Path) -> None:
     assert all(not first[name].allclose(second[name]) for name in first)
 
 
+def test_a_penalty_alone_and_with_a_start(models: Path, tmp_path: Path) -> None:
+    plain, away, start = (words(models, tmp_path / name) for name in ("plain", "away", "start"))
+    del plain["train_to_merge"]
+    away["train_to_merge"] = {"penalty": 1e4, "rows": 20}
+    start["train_to_merge"] |= {"penalty": 1e4, "frozen": False}
+    for recipe in (plain, away, start):
+        recipe["defaults"]["training"]["max_steps"] = 20
+    runs = [run(recipe, until="finetune", tasks=["a"]) for recipe in (plain, away, start)]
+    assert len({results["experts"]["a"]["parameters"] for results in runs}) == 1
+    roots = load_file(tmp_path / "away" / "subspaces" / "a.others.safetensors")
+    changes = [change_of(tmp_path / name / "experts" / "a", roots) for name in ("plain", "away", "start")]
+    assert max(changes[1:]) < changes[0] / 2
+
+
+def change_of(expert: Path, roots: dict[str, Tensor]) -> float:
+    """Return the mean square of an expert's change of its layers' outputs on other tasks' inputs."""
+    saved, total = load_file(expert / "adapter_model.safetensors"), 0.0
+    for name, root in roots.items():
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        total += float((saved[f"{key}.lora_B.weight"] @ (saved[f"{key}.lora_A.weight"] @ root)).square().sum())
+    return total
+
+
 @pytest.mark.parametrize(
     ("kind", "choice", "message"),
     [
+        ("lora", {"rows": 20}, "train_to_merge needs a method, a penalty, or both"),
+        ("psoft", {"method": "principal", "penalty": 1.0}, "train_to_merge: penalty and frozen: false are for"),
         ("hra", {"method": "osrm"}, "train_to_merge needs adapters all of type lora or all psoft, got hra"),
         ("psoft", {"method": "osrm"}, "train_to_merge: rotations need subspaces without overlap"),
         ("lora", {"method": "osmr"}, "train_to_merge.method: expected 'osrm', 'contrastive', "),
