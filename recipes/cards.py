@@ -17,16 +17,14 @@ from orthoft.merging.formats import READERS
 from orthoft.merging.reports.card import CARD, adapter_papers, model_card
 from orthoft.merging.reports.front_matter import Scored, front_matter
 from orthoft.recipes.kinds import KINDS
-from orthoft.recipes.table import MERGED, Rows, table
+from orthoft.recipes.table import MERGED, Rows, metrics_of, table
 
 Results = Mapping[str, Any]
 # The Hub's words for our kinds of task; a kind that it calls as we do is not here.
 HUB_TASKS = {
     "classification": "text-classification",
     "causal-lm": "text-generation",
-    "chat": "text-generation",
     "seq2seq": "text2text-generation",
-    "embeddings": "feature-extraction",
 }
 
 
@@ -80,10 +78,9 @@ def measured(results: Results, row: str) -> list[str]:
     """Return the lines on a merge's scores: base, experts and merge by task, and the share of the gain it keeps."""
     others = [name for name in MERGED if name != row]
     scores = {name: by_task for name, by_task in results["scores"].items() if name not in others}
-    names = list(results["experts"])
     if row != "merge":  # whose gain the table tells of
         scores["merge"] = scores.pop(row)
-    rows = table(scores, names, results["recipe"]["tasks"][0]["kind"]).rows
+    rows = table(scores, metrics_of(results)).rows
     return [
         *markdown(rows),
         "",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +36,32 @@ class Ready:
         task: Task = self.kind.task
         return task
 
+    def at_start(self) -> Ready:
+        """Return it with the head that training began with, by which the base is scored."""
+        return self if self.head is None else replace(self, head=self.head.start)
+
+
+def head_file(expert: Path) -> Path:
+    """Return where the head of the expert in a folder is: ``heads`` stands beside ``experts``."""
+    return expert.parents[1] / "heads" / f"{expert.name}.safetensors"
+
 
 def fingerprint(recipe: Recipe, task: Task, base: Path) -> str:
     """Return a hash of all that an expert depends on: the task's words, its files' contents, base, dtype and seed."""
     weights = sorted((f.name, f.stat().st_size) for f in base.glob("*.safetensors"))
-    words: list[Any] = [task.model_dump(mode="json"), _digests(task), recipe.base, weights, recipe.dtype, recipe.seed]
+    words: list[Any] = [_trains(task), _digests(task), recipe.base, weights, recipe.dtype, recipe.seed]
     if recipe.quantization is not None:
         words.append(recipe.quantization.model_dump(mode="json"))
     if (chosen := recipe.train_to_merge) is not None:  # from the data of all tasks
         general = [] if chosen.general is None else [_digest(chosen.general)]
-        others = [[other.model_dump(mode="json"), _digests(other)] for other in recipe.tasks]
+        others = [[_trains(other), _digests(other)] for other in recipe.tasks]
         words += [chosen.model_dump(mode="json"), general, others]
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
+
+
+def _trains(task: Task) -> dict[str, Any]:
+    """Return the words of a task that its expert depends on."""
+    return task.model_dump(mode="json", exclude={"metric"})
 
 
 def _digests(task: Task) -> list[str]:

@@ -20,7 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from orthoft.recipes.checkpoints import Checkpoints, Say, last_checkpoint, open_checkpoints
 from orthoft.recipes.devices import in_parts, on_cpu, placed, roomy
 from orthoft.recipes.early_stopping import KeepBest
-from orthoft.recipes.expert import Ready, save
+from orthoft.recipes.expert import Ready, head_file, save
 from orthoft.recipes.initialise import initialise
 from orthoft.recipes.models import adapter_config, load_model
 from orthoft.recipes.schema import Recipe
@@ -158,6 +158,9 @@ def train(
     if not math.isfinite(loss):
         raise ValueError(f"{task.name}: the training loss is {loss}; lower training.learning_rate")
     told = told_of(trainer, ready) | {"seconds": round(time.perf_counter() - start, 2)}
+    learnt = ready.kind.learnt(trainer.model, ready.head)
+    if learnt is not None and trainer.is_world_process_zero():
+        learnt.save(head_file(folder))  # before the expert, which says that all is there
     save(model, folder, told)
     if trainer.is_world_process_zero():
         shutil.rmtree(checkpoints, ignore_errors=True)

@@ -24,7 +24,7 @@ from orthoft.merging.files.hub import find_folder
 from orthoft.recipes.cards import write_cards
 from orthoft.recipes.data import SPLITS
 from orthoft.recipes.devices import merge_device, roomy
-from orthoft.recipes.expert import Ready, fingerprint, finished
+from orthoft.recipes.expert import Ready, fingerprint, finished, head_file
 from orthoft.recipes.export_check import export_check
 from orthoft.recipes.finetune import train
 from orthoft.recipes.head import Head
@@ -113,12 +113,14 @@ class Run:
             task, data, folder = ready.task, ready.data, self.expert(ready.task.name)
             sizes = ", ".join(f"{len(getattr(data, split))} {split}" for split in SPLITS)
             self.say(f"{task.name}: {sizes}, {ready.kind.about(data)}")
-            known = finished(folder, ready.mark)
+            lost = getattr(task, "head", None) == "trained" and not head_file(folder).is_file()
+            known = None if lost else finished(folder, ready.mark)
             ready = self.ready[i] = self._with_head(ready, fit=known is None) if data.classes else ready
             if known is None:
                 with self.timed("finetune"):
                     rows, callbacks = self.apart(task.name)
                     known = train(self.recipe, ready, self.base, folder, rows, self.say, callbacks)
+                self.ready[i] = self._with_head(ready, fit=False) if data.classes else ready  # it may have learnt
                 last = f", loss {known['losses'][-1][1]:.3f}" if known["losses"] else ""
                 kept = f", kept those of step {known['kept']['step']}" if known["kept"] else ""
                 self.say(
@@ -147,7 +149,7 @@ class Run:
 
     def _with_head(self, ready: Ready, fit: bool) -> Ready:
         """Fit the probe in the main process, and let every process read it from disk."""
-        state, file = PartialState(), self.out / "heads" / f"{ready.task.name}.safetensors"
+        state, file = PartialState(), head_file(self.expert(ready.task.name))
         if state.is_main_process and (fit or not file.is_file()):
             with self.timed("probe"):
                 ready.kind.fit(self.load_base(), ready.data, self.recipe.evaluate.batch_size).save(file)
@@ -158,7 +160,7 @@ class Run:
         """Score the base on every task, and each expert, read from disk, on its own task or on all."""
         self.say("evaluating")
         with self.timed("evaluate"):
-            self.score("base", self.load_base(), self.ready)
+            self.score("base", self.load_base(), [ready.at_start() for ready in self.ready])
             for ready in self.ready:
                 expert = peft.PeftModel.from_pretrained(self.load_base(), str(self.expert(ready.task.name)))
                 self.score(ready.task.name, expert, self.ready if self.recipe.evaluate.cross else [ready])
@@ -217,16 +219,16 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Write ``results.json``, show the table and say how to load what was merged."""
-        scores, names = self.results["scores"], [ready.task.name for ready in self.ready]
+        scores, metrics = self.results["scores"], {ready.task.name: ready.task.metric for ready in self.ready}
         merged = [row for row in MERGED if row in scores]
-        self.results["gain_kept"] = {row: gains(scores, names, self.kind, row) for row in merged}
+        self.results["gain_kept"] = {row: gains(scores, metrics, row) for row in merged}
         text, partial = json.dumps(self.results, indent=2), self.out / f".{RESULTS}.partial"
         partial.write_text(text + "\n", encoding="utf-8")
         partial.rename(self.out / RESULTS)
         told: dict[str, Any] = json.loads(text)
         write_cards(told)
         self.say("")
-        self.say(table(scores, names, self.kind))
+        self.say(table(scores, metrics))
         for name, by_row in self.results["samples"].items():
             prompt = next(ready.kind.prompt for ready in self.ready if ready.task.name == name)
             self.say(f"\n{name}: {prompt!r} goes on")
@@ -240,10 +242,10 @@ class Run:
 
 def how_to_load(kind: str, folder: Path) -> str:
     """Return the words that end a run: where the merged model is, and the Python that loads it."""
-    auto = KINDS[kind].auto
+    auto, reader = KINDS[kind].auto, KINDS[kind].reader
     return (
         f"merged model: {folder}\n\n"
-        f"    from transformers import {auto}, AutoTokenizer\n"
+        f"    from transformers import {auto}, {reader}\n"
         f'    model = {auto}.from_pretrained("{folder}")\n'
-        f'    tokenizer = AutoTokenizer.from_pretrained("{folder}")'
+        f'    {"tokenizer" if reader == "AutoTokenizer" else "processor"} = {reader}.from_pretrained("{folder}")'
     )

@@ -11,6 +11,7 @@ import peft
 import torch
 from transformers import AutoConfig
 
+from orthoft.merging.files.tensors import TensorFolder
 from orthoft.merging.formats.ours import get_reader
 from orthoft.recipes.load import RecipeError
 from orthoft.recipes.models import adapter_config, auto_class
@@ -35,6 +36,7 @@ def rehearse(recipe: Recipe, base: Path) -> None:
         except (ValueError, TypeError) as error:
             mistakes.append(f"tasks[{i}].adapter: {' '.join(str(error).split())}")
     if recipe.merge is not None and not mistakes:
+        mistakes += misnamed(base, ranks)
         mistakes += merge_mistakes(recipe.merge, recipe.export, ranks)
     if mistakes:
         raise RecipeError("\n".join(mistakes))
@@ -66,6 +68,18 @@ def adapter_ranks(task: Task, base: Path, to_merge: bool) -> Ranks:
             whole.append(module.removesuffix(".weight"))
     adapted = {module: reader.extent(config.to_dict(), shapes).rank for module, shapes in modules.items()}
     return {**dict.fromkeys(whole), **adapted}
+
+
+def misnamed(base: Path, ranks: Mapping[str, Ranks]) -> list[str]:
+    """Return a line if none of the adapted weights has, in the base's files, the name that it has once loaded."""
+    wanted = [f"{module}.weight" for module in dict.fromkeys(chain.from_iterable(ranks.values()))]
+    stored = list(TensorFolder(base))
+    if not wanted or any(name.endswith(own) or own.endswith(f".{name}") for name in stored for own in wanted):
+        return []
+    return [
+        f"base: transformers loads its weights under other names than {base} has ({wanted[0]} is not there), which no "
+        "merge can follow: load it, and save it with save_pretrained(folder, save_original_format=False)"
+    ]
 
 
 def merge_mistakes(merge: Merge, export: Export, ranks: Mapping[str, Ranks]) -> list[str]:

@@ -127,7 +127,10 @@ class Search:
 
     def __init__(self, recipe: Recipe, aim: Aim, memory: float, overwrite: bool, say: Say) -> None:
         self.recipe, self.aim, self.say, self.out = recipe, aim, say, Path(recipe.output) / FOLDER
-        self.tasks, self.kind = [task.name for task in recipe.tasks], recipe.tasks[0].kind
+        self.tasks, self.metrics = (
+            [task.name for task in recipe.tasks],
+            {task.name: task.metric for task in recipe.tasks},
+        )
         base = find_folder(recipe.base, "base")
         self.ready = read_experts(recipe, base)
         self.live = open_live(recipe, base, memory)
@@ -148,20 +151,20 @@ class Search:
 
     def _valued(self) -> list[str]:
         """Return the tasks that the objective has a number for."""
-        kept = by_task({**self.scores, MERGE: self.scores[BASE]}, self.tasks, self.kind, self.aim.objective)
+        kept = by_task({**self.scores, MERGE: self.scores[BASE]}, self.metrics, self.aim.objective)
         if not (known := [task for task, number in kept.items() if number is not None]):
             raise ValueError("no expert beats the base on its tuning split, so there is no gain to keep: take 'score'")
         self.notes += [
             f"{task} does not count: its expert gains nothing on the tuning split" for task in kept if task not in known
         ]
         self.notes += thin(
-            self.scores, {r.task.name: len(r.data.tuning[: self.aim.rows]) for r in self.ready}, self.kind
+            self.scores, {r.task.name: len(r.data.tuning[: self.aim.rows]) for r in self.ready}, self.metrics
         )
         return known
 
     def _ends(self, rows: int | None, split: Split) -> dict[str, dict[str, dict[str, float]]]:
         """Score what the merges are measured by: the base on all tasks, and each expert on its own."""
-        found = {BASE: self._score({}, self.ready, rows, split)}
+        found = {BASE: self._score({}, [ready.at_start() for ready in self.ready], rows, split)}
         for source, ready in zip(self.live.held, self.ready, strict=True):
             found[ready.task.name] = self._score(source.deltas, [ready], rows, split)
         return found
@@ -190,7 +193,7 @@ class Search:
 
         try:
             scores = self._score(self._merged(words), self.ready, self.aim.rows, "tuning")
-            found = value({**self.scores, MERGE: scores}, self.tasks, self.kind, self.aim.objective)
+            found = value({**self.scores, MERGE: scores}, self.metrics, self.aim.objective)
         except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             return Trial(number, words, {}, None, seconds(), str(error))
         return Trial(number, words, scores, found, seconds())
@@ -228,7 +231,7 @@ class Search:
         if trial.value is None:
             self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
         elif self.aim.pareto:
-            kept = by_task({**self.scores, MERGE: trial.scores}, self.tasks, self.kind, self.aim.objective)
+            kept = by_task({**self.scores, MERGE: trial.scores}, self.metrics, self.aim.objective)
             self.study.tell(asked, [v for task in self.valued if (v := kept[task]) is not None])
         else:
             self.study.tell(asked, trial.value)
@@ -253,7 +256,7 @@ class Search:
             seed=self.recipe.seed,
             dtype=self.recipe.export.dtype,
             experts={task: str(Path(self.recipe.output) / "experts" / task) for task in self.tasks},
-            kind=self.kind,
+            metrics=self.metrics,
             aim=asdict(self.aim),
             tuning=self.scores,
             own=self.own,

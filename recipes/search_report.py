@@ -15,8 +15,8 @@ import yaml
 
 from orthoft.merging.reports.page import Page, Section, Table
 from orthoft.merging.reports.pictures import COLOURS, NOTHING, legend, number
-from orthoft.recipes.table import METRIC, Scores, aligned, gains
-from orthoft.recipes.task_schema import TaskKind
+from orthoft.recipes.table import Metrics, Scores, aligned, gains
+from orthoft.recipes.task_schema import LOWER_IS_BETTER
 
 Objective = Literal["gain", "score", "loss"]
 BASE, MERGE = "base", "merge"
@@ -51,7 +51,7 @@ class Found:
     seed: int  # of methods that draw
     dtype: str | None  # of the export
     experts: dict[str, str]  # task: folder
-    kind: TaskKind
+    metrics: Metrics
     aim: dict[str, Any]
     tuning: Scores
     own: Trial | None
@@ -68,7 +68,7 @@ class Found:
 
     def by_task(self, trial: Trial) -> dict[str, float | None]:
         """Return the objective of a trial by task."""
-        return by_task({**self.tuning, MERGE: trial.scores}, self.tasks, self.kind, self.aim["objective"])
+        return by_task({**self.tuning, MERGE: trial.scores}, self.metrics, self.aim["objective"])
 
     def front(self) -> list[Trial]:
         """Return the trials, the recipe's own merge among them, that no other beats on all tasks."""
@@ -86,7 +86,7 @@ class Found:
         }
         told["best"] = "recipe" if self.best.number is None else self.best.number
         kept = {"tuning": {**self.tuning, MERGE: self.best.scores}, "test": self.test}
-        told["gain_kept"] = {split: gains(scores, self.tasks, self.kind) for split, scores in kept.items()}
+        told["gain_kept"] = {split: gains(scores, self.metrics) for split, scores in kept.items()}
         return told | {"front": [trial.number for trial in self.front()]}
 
     def job(self, output: Path) -> dict[str, Any]:
@@ -118,34 +118,33 @@ class Found:
         return aligned(rows)
 
 
-def by_task(scores: Scores, tasks: Sequence[str], kind: TaskKind, objective: Objective) -> dict[str, float | None]:
+def by_task(scores: Scores, metrics: Metrics, objective: Objective) -> dict[str, float | None]:
     """Return what is to be large, by task: the gain kept (None without a gain), the score, or the negative loss."""
     if objective == "gain":
-        kept = gains(scores, tasks, kind, MERGE)
-        return {task: kept[task] for task in tasks}
-    metric, higher = METRIC[kind] if objective == "score" else ("loss", False)
-    return {task: scores[MERGE][task][metric] * (1 if higher else -1) for task in tasks}
+        kept = gains(scores, metrics, MERGE)
+        return {task: kept[task] for task in metrics}
+    wanted = metrics if objective == "score" else dict.fromkeys(metrics, "loss")
+    sign = {task: -1 if metric in LOWER_IS_BETTER else 1 for task, metric in wanted.items()}
+    return {task: sign[task] * scores[MERGE][task][metric] for task, metric in wanted.items()}
 
 
-def value(scores: Scores, tasks: Sequence[str], kind: TaskKind, objective: Objective) -> float:
+def value(scores: Scores, metrics: Metrics, objective: Objective) -> float:
     """Return the mean of `by_task` over the tasks that have one.
 
     Raises:
         ValueError: it is not a number, as the loss of a model that broke.
     """
-    known = [one for one in by_task(scores, tasks, kind, objective).values() if one is not None]
+    known = [one for one in by_task(scores, metrics, objective).values() if one is not None]
     mean = sum(known) / len(known)
     if not math.isfinite(mean):
         raise ValueError(f"the {objective} of this merge is {mean}")
     return mean
 
 
-def thin(scores: Scores, rows: Mapping[str, int], kind: TaskKind) -> list[str]:
-    """Return a line for each task whose expert gains less accuracy than ``1/sqrt(rows)``, two standard errors."""
-    if kind != "classification":
-        return []
-    metric, _ = METRIC[kind]
-    found = {task: scores[task][task][metric] - scores[BASE][task][metric] for task in rows}
+def thin(scores: Scores, rows: Mapping[str, int], metrics: Metrics) -> list[str]:
+    """Return a line for each task whose expert gains a share less than ``1/sqrt(rows)``, two standard errors or so."""
+    shares = {task: metric for task, metric in metrics.items() if metric not in LOWER_IS_BETTER}
+    found = {task: scores[task][task][metric] - scores[BASE][task][metric] for task, metric in shares.items()}
     return [
         f"{task}: its expert gains {gain:.3f} on {rows[task]} tuning rows, shares of which are mostly noise: "
         "take objective 'score', or more rows"

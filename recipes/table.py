@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from orthoft.recipes.task_schema import TaskKind
+from orthoft.recipes.task_schema import LOWER_IS_BETTER
 
 Rows = Sequence[Sequence[str]]
 Scores = Mapping[str, Mapping[str, Mapping[str, float]]]  # row: task: metric: value
 MERGED = ("merge", "merge-lora")
-METRIC: dict[TaskKind, tuple[str, bool]] = {
-    "classification": ("accuracy", True),
-    "causal-lm": ("loss", False),
-    "token-classification": ("f1", True),
-    "image-classification": ("accuracy", True),
-    "seq2seq": ("loss", False),
-}
+Metrics = Mapping[str, str]  # task: the metric that counts
 
 
 def gain_kept(base: float, expert: float, merged: float, higher_is_better: bool) -> float | None:
@@ -25,40 +19,59 @@ def gain_kept(base: float, expert: float, merged: float, higher_is_better: bool)
     return (merged - base) / (expert - base) if gain > 0 else None
 
 
-def gains(scores: Scores, tasks: Sequence[str], kind: TaskKind, row: str = "merge") -> dict[str, float | None]:
+def gains(scores: Scores, metrics: Metrics, row: str = "merge") -> dict[str, float | None]:
     """Return the share of its expert's gain that ``row`` keeps on each task, and their mean over tasks with a gain."""
-    metric, higher = METRIC[kind]
 
-    def kept(task: str) -> float | None:
+    def kept(task: str, metric: str) -> float | None:
         base, expert, merged = (scores[name][task][metric] for name in ("base", task, row))
-        return gain_kept(base, expert, merged, higher)
+        return gain_kept(base, expert, merged, metric not in LOWER_IS_BETTER)
 
-    by_task = {task: kept(task) for task in tasks}
+    by_task = {task: kept(task, metric) for task, metric in metrics.items()}
     known = [value for value in by_task.values() if value is not None]
     return by_task | {"mean": sum(known) / len(known) if known else None}
 
 
-def table(scores: Scores, tasks: Sequence[str], kind: TaskKind) -> Table:
-    """Return the table as text; ``-`` where a model was not evaluated on a task, or an expert has no gain to keep."""
-    metric, higher = METRIC[kind]
-    title, scale, digits = (f"{metric} %", 100.0, 1) if higher else (metric, 1.0, 3)
-    rows = [[title, *tasks, "mean"]]
+def table(scores: Scores, metrics: Metrics) -> Table:
+    """Return the table as text; ``-`` where a model was not evaluated on a task, or an expert has no gain to keep.
+
+    Tasks with metrics of their own have them in the names of their columns, and no mean but that of the gain kept.
+    """
+    one = len({*metrics.values()}) == 1
+    heads = [task if one else f"{task}, {titled(metric)}" for task, metric in metrics.items()]
+    rows = [[titled(next(iter(metrics.values()))) if one else "", *heads, "mean"]]
     for name, by_task in scores.items():
-        values = [by_task[task][metric] * scale if task in by_task else None for task in tasks]
-        known = [value for value in values if value is not None]
-        values.append(sum(known) / len(known) if len(known) == len(tasks) else None)
-        rows.append([name, *("-" if value is None else f"{value:.{digits}f}" for value in values)])
+        values = {task: by_task[task][metric] for task, metric in metrics.items() if task in by_task}
+        cells = [shown(values.get(task), metric) for task, metric in metrics.items()]
+        whole = one and len(values) == len(metrics)
+        mean = sum(values.values()) / len(values) if whole else None
+        rows.append([name, *cells, shown(mean, next(iter(metrics.values())))])
     for name in [row for row in MERGED if row in scores]:
-        kept = gains(scores, tasks, kind, name)
+        kept = gains(scores, metrics, name)
         label = "gain kept" if name == "merge" else f"gain kept, {name}"
-        rows.append([label, *("-" if kept[key] is None else f"{kept[key]:.0%}" for key in (*tasks, "mean"))])
+        rows.append([label, *("-" if value is None else f"{value:.0%}" for value in kept.values())])
     return aligned(rows)
+
+
+def titled(metric: str) -> str:
+    """Return a metric as the table names it: shares in per cent."""
+    return metric if metric in LOWER_IS_BETTER else f"{metric} %"
+
+
+def shown(value: float | None, metric: str) -> str:
+    """Return a score as the table shows it."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if metric in LOWER_IS_BETTER else f"{100 * value:.1f}"
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
     """Return the table of a run by its ``results.json``."""
-    tasks = results["recipe"]["tasks"]
-    return table(results["scores"], [task["name"] for task in tasks], tasks[0]["kind"])
+    return table(results["scores"], metrics_of(results))
+
+
+def metrics_of(results: Mapping[str, Any]) -> Metrics:
+    """Return the metric that counts of each task of a run, by its ``results.json``."""
+    return {task["name"]: task["metric"] for task in results["recipe"]["tasks"] if task["name"] in results["experts"]}
 
 
 class Table(str):

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import yaml
 from kind_cases import CASES, Case, Words, files
 from safetensors.torch import load_file
 from tiny import write_rows
+from transformers import AutoConfig, AutoModel
 
 from orthoft.recipes import RecipeError, load, run
 from orthoft.recipes.head import Head
@@ -26,6 +28,7 @@ from orthoft.recipes.kinds import KINDS, kind_of
 from orthoft.recipes.models import load_model
 from orthoft.recipes.search import search
 from orthoft.recipes.shipped import json_schema
+from orthoft.recipes.table import results_table
 from orthoft.recipes.task_schema import LOWER_IS_BETTER
 
 
@@ -199,6 +202,17 @@ def test_a_base_that_cannot_read_the_rows_is_one_line(laid_out: Callable[[Case],
         assert not (tmp_path / "out").exists()
 
 
+def test_a_base_that_is_stored_under_other_names_is_one_line(laid_out: Callable[[Case], Path], tmp_path: Path) -> None:
+    words = CASES[2].recipe(laid_out(CASES[2]), tmp_path / "out") | {"base": str(tmp_path / "base")}
+    shutil.copytree(laid_out(CASES[2]) / "base", tmp_path / "base")
+    AutoModel.from_config(AutoConfig.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "base")
+    if "layers.0.attention.q_proj.weight" in load_file(tmp_path / "base" / "model.safetensors"):
+        pytest.skip("this version of transformers stores a ViT as it loads it")
+    with pytest.raises(RecipeError, match=r"^base: transformers loads its weights under other names than "):
+        run(words)
+    assert not (tmp_path / "out").exists()
+
+
 # The words of a recipe
 
 
@@ -229,6 +243,7 @@ def test_kinds_that_load_their_base_alike_share_a_recipe(laid_out: Callable[[Cas
     scores = run(words)["scores"]["merge"]
     assert 0 <= scores["a"]["accuracy"] <= 1
     assert 0 <= scores["b"]["f1"] <= 1
+    assert results_table(run(words, overwrite=True)).rows[0] == ["", "a, accuracy %", "b, f1 %", "mean"]
     words["tasks"][1] = running.recipe(laid_out(running), tmp_path)["tasks"][1] | {"kind": "causal-lm"}
     with pytest.raises(RecipeError) as error:
         load(words)
@@ -255,3 +270,29 @@ def test_the_metric_is_one_that_the_kind_gives(
     with pytest.raises(RecipeError, match=r"^tasks\[0\]") as error:
         load(words)
     assert str(error.value).endswith(line)
+
+
+@pytest.mark.parametrize("case", CASES[:3], ids=[case.kind for case in CASES[:3]])
+def test_a_run_with_a_trained_head(case: Case, laid_out: Callable[[Case], Path], tmp_path: Path) -> None:
+    folder = laid_out(case)
+    words = case.recipe(folder, tmp_path / "out") | {"evaluate": {"cross": True}}
+    words["defaults"]["head"] = "trained"
+    words["defaults"]["training"]["max_steps"] = 5
+    results, recipe = run(words), load(words)
+    for task in recipe.tasks:
+        kind, model = kind_of(task, Path(recipe.base)), load_model(case.kind, recipe.base, None)
+        head, test = Head.load(tmp_path / "out" / "heads" / f"{task.name}.safetensors"), kind.data(recipe.seed).test
+        assert not torch.equal(head.weight, head.start.weight)
+        assert kind.score(model, head.start, test, 32, "") == results["scores"]["base"][task.name]
+        merged = load_model(case.kind, tmp_path / "out" / "merged", None)
+        assert kind.score(merged, head, test, 32, "") == pytest.approx(results["scores"]["merge"][task.name], abs=1e-6)
+    pytest.importorskip("optuna")
+    found = search(words, trials=1, methods=["mean"], objective="score")["test"]
+    assert found["base"]["a"] == pytest.approx(results["scores"]["base"]["a"], abs=1e-5)
+    assert found["a"]["a"] == pytest.approx(results["scores"]["a"]["a"], abs=1e-4)
+    (tmp_path / "out" / "results.json").unlink()
+    (tmp_path / "out" / "heads" / "a.safetensors").unlink()  # what its expert learnt is lost with it
+    lines: list[str] = []
+    again = run(words, say=lines.append)
+    assert [line for line in lines if line.startswith("  reused")] == [f"  reused {tmp_path / 'out' / 'experts' / 'b'}"]
+    assert again["scores"] == results["scores"]

@@ -330,12 +330,12 @@ def test_the_table_shows_gains_and_gaps() -> None:
         name: {task: {"accuracy": v} for task, v in zip("xy", values, strict=True) if v is not None}
         for name, values in rows.items()
     }
-    assert gains(scores, ["x", "y"], "classification") == {
+    assert gains(scores, {"x": "accuracy", "y": "accuracy"}) == {
         "x": pytest.approx(0.5),
         "y": None,
         "mean": pytest.approx(0.5),
     }
-    assert table(scores, ["x", "y"], "classification").splitlines() == [
+    assert table(scores, {"x": "accuracy", "y": "accuracy"}).splitlines() == [
         "accuracy %     x     y  mean",
         "----------------------------",
         "base        50.0  60.0  55.0",

@@ -282,9 +282,9 @@ def test_every_default_is_in_its_range() -> None:
 def test_a_gain_that_is_noise_is_told() -> None:
     scores = {"base": {"x": {"accuracy": 0.7}, "y": {"accuracy": 0.7}}}
     scores |= {"x": {"x": {"accuracy": 0.74}}, "y": {"y": {"accuracy": 0.9}}}
-    (note,) = thin(scores, {"x": 100, "y": 100}, "classification")
+    (note,) = thin(scores, {"x": 100, "y": 100}, {"x": "accuracy", "y": "accuracy"})
     assert note.startswith("x: its expert gains 0.040 on 100 tuning rows")
-    assert thin(scores, {"x": 10_000, "y": 100}, "classification") == []
+    assert thin(scores, {"x": 10_000, "y": 100}, {"x": "accuracy", "y": "accuracy"}) == []
 
 
 def test_language_models_are_searched_by_their_loss(tmp_path: Path) -> None:
