@@ -143,7 +143,7 @@ def test_the_cards_of_a_run(models: Path, tmp_path: Path) -> None:
     """By what a run leaves, here made by hand."""
     sources = [("a", models / "hra"), ("b", models / "psoft")]
     report = merge(models / "llama", sources, tmp_path / "merged", method="mean")
-    task = {"kind": "causal-lm"}
+    task = {"kind": "causal-lm", "metric": "loss"}
     results = {
         "recipe": {"base": str(models / "llama"), "seed": 3, "tasks": [task | {"name": name} for name in "ab"]},
         "versions": {"orthoft": "0"},

@@ -166,4 +166,4 @@ def test_the_hub_is_asked_only_when_wanted(
 
 def test_the_command_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert outcome("--help") == 0
-    assert "Example: orthoft doctor" in capsys.readouterr().out
+    assert "\n  orthoft doctor" in capsys.readouterr().out

@@ -115,10 +115,11 @@ def test_every_output_has_a_card_and_a_page(output: str, made: Path, tmp_path: P
     )
     card = (tmp_path / "out" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
-    assert front["base_model"] == str(made / "base")
+    assert "base_model" not in front  # the Hub takes repositories only, not a folder
+    assert str(made / "base") in card
     assert {"merge", "orthoft", words["method"]} <= set(front["tags"])
     assert f"| {folders[0].name} |" in card
-    assert "https://arxiv.org/abs/" in card
+    assert "archivePrefix = {arXiv}" in card
     assert (tmp_path / "out" / "report.html").read_text().startswith("<!doctype html>")
 
 
