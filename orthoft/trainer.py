@@ -23,7 +23,8 @@ class WithPenalty:
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         theirs = super().compute_loss  # type: ignore[misc]  # of the Trainer behind this class
-        loss, outputs = theirs(model, inputs, return_outputs=True, **kwargs)
+        found = theirs(model, inputs, return_outputs=return_outputs, **kwargs)  # outputs cost TRL a second pass
+        loss, outputs = found if return_outputs else (found, None)
         added = penalty(model) if torch.is_grad_enabled() else None
         if added is not None:
             # The Trainer divides the loss by the accumulated steps, unless the model did so by its count of tokens.

@@ -31,6 +31,10 @@ FEATURES = (
     Feature("bases in 4 and 8 bits", ("bitsandbytes",)),
     Feature("bases quantised by torchao", ("torchao",)),
     Feature("search for the best merge", ("optuna",)),
+    Feature("tasks of pictures", ("pillow",)),
+    Feature("training by TRL", ("trl",)),
+    Feature("lm-evaluation-harness", ("lm_eval",)),
+    Feature("models for llama.cpp", ("gguf",)),
 )
 
 

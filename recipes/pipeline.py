@@ -27,6 +27,7 @@ from orthoft.recipes.devices import merge_device, roomy
 from orthoft.recipes.expert import Ready, fingerprint, finished, head_file
 from orthoft.recipes.export_check import export_check
 from orthoft.recipes.finetune import train
+from orthoft.recipes.harness import run_harness
 from orthoft.recipes.head import Head
 from orthoft.recipes.keep_away import KeepAway
 from orthoft.recipes.kinds import KINDS, kind_of
@@ -181,6 +182,9 @@ class Run:
             with self.timed("evaluate"):
                 lora = peft.PeftModel.from_pretrained(self.load_base(), str(self.out / "merged-lora"))
                 self.score("merge-lora", lora, self.ready)
+        if (harness := self.recipe.evaluate.harness) is not None:
+            with self.timed("harness"):
+                self.results["harness"] = run_harness(self.recipe, harness, self.out / "merged", self.say)
 
     def _merged(self, row: str, folder: Path, **output: Any) -> MergeReport:
         wanted = self.recipe.merge

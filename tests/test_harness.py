@@ -10,9 +10,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from tiny import write_rows
+from tiny import save_llama, text_task, write_rows
 
-from orthoft.recipes import RecipeError, load
+from orthoft.recipes import RecipeError, load, run
 from orthoft.recipes.harness import run_harness
 from orthoft.recipes.schema import Harness, Recipe
 
@@ -113,3 +113,13 @@ def test_words_that_are_refused(changed: dict[str, Any], line: str, tmp_path: Pa
     with pytest.raises(RecipeError) as error:
         recipe(tmp_path, **changed)
     assert str(error.value).startswith(line)
+
+
+def test_a_run_asks_the_harness_about_its_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_llama(tmp_path / "base")
+    pretend(monkeypatch, lambda **words: {"results": {"arc": {"path": len(words["model_args"]["pretrained"])}}})
+    task = {"name": "a", "kind": "causal-lm", "block_size": 16, "data": text_task(tmp_path / "a", 1, seed=0)}
+    task |= {"adapter": {"type": "hra", "r": 4, "target_modules": ["q_proj"]}, "training": {"max_steps": 1}}
+    words = {"name": "x", "base": str(tmp_path / "base"), "output": str(tmp_path / "out"), "tasks": [task]}
+    results = run(words | {"merge": {"method": "mean"}, "evaluate": {"harness": {"tasks": ["arc"]}}})
+    assert results["harness"]["scores"] == {"arc": {"path": len(str(tmp_path / "out" / "merged"))}}
