@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -29,7 +28,7 @@ from orthoft.recipes.kinds.kind import (
 )
 from orthoft.recipes.kinds.marked import Marked, as_example, has_labels, tokens_of
 from orthoft.recipes.kinds.packing import keeps_apart, packed, positions, unpacked
-from orthoft.recipes.metrics import exact_match, token_f1
+from orthoft.recipes.kinds.writing import answer_scores, token_scores
 from orthoft.recipes.task_schema import CausalLM
 
 
@@ -141,7 +140,8 @@ class CausalLanguageModel(Kind[CausalLM]):
         ``exact_match`` and ``f1`` are the means over the examples, see `orthoft.recipes.metrics`.
         """
         model.eval()
-        total, count, same, shared = 0.0, 0, 0.0, 0.0
+        total, count = 0.0, 0
+        pairs: list[tuple[str, str]] = []
         for chunk in self.chunks(examples, size, what):
             batch = on_device(self.collate(chunk), model)
             labels = batch.pop("labels")[:, 1:]  # (b, t - 1)
@@ -151,12 +151,8 @@ class CausalLanguageModel(Kind[CausalLM]):
             count += len(logits)
             if self.task.generate:
                 asked = [example["input_ids"][: example["answer"]] for example in chunk]
-                pairs = list(zip(self.written(model, asked), (example["target"] for example in chunk), strict=True))
-                same += sum(exact_match(*pair) for pair in pairs)
-                shared += sum(token_f1(*pair) for pair in pairs)
-        loss = total / count
-        answers = {"exact_match": same / len(examples), "f1": shared / len(examples)} if self.task.generate else {}
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **answers}
+                pairs += zip(self.written(model, asked), (example["target"] for example in chunk), strict=True)
+        return token_scores(total, count) | answer_scores(pairs)
 
     def written(self, model: Any, prompts: Sequence[Sequence[int]]) -> list[str]:
         """Return the greedy continuation of prompts, filled on the left: the same model writes the same text."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from orthoft.recipes.kinds.kind import (
     padded,
     padded_labels,
 )
-from orthoft.recipes.metrics import exact_match, token_f1
+from orthoft.recipes.kinds.writing import answer_scores, token_scores
 from orthoft.recipes.task_schema import Seq2Seq
 
 
@@ -83,7 +82,8 @@ class SequenceToSequence(Kind[Seq2Seq]):
         ``exact_match`` and ``f1`` are the means over the examples, see `orthoft.recipes.metrics`.
         """
         model.eval()
-        total, count, same, shared = 0.0, 0, 0.0, 0.0
+        total, count = 0.0, 0
+        pairs: list[tuple[str, str]] = []
         for chunk in self.chunks(examples, size, what):
             batch = on_device(self.collate(chunk), model)
             labels = batch["labels"]  # (b, u)
@@ -91,12 +91,8 @@ class SequenceToSequence(Kind[Seq2Seq]):
             total += F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum").item()
             count += int((labels != IGNORED).sum())
             if self.task.generate:
-                pairs = list(zip(self.written(model, batch), (example["target"] for example in chunk), strict=True))
-                same += sum(exact_match(*pair) for pair in pairs)
-                shared += sum(token_f1(*pair) for pair in pairs)
-        loss = total / count
-        answers = {"exact_match": same / len(examples), "f1": shared / len(examples)} if self.task.generate else {}
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **answers}
+                pairs += zip(self.written(model, batch), (example["target"] for example in chunk), strict=True)
+        return token_scores(total, count) | answer_scores(pairs)
 
     def written(self, model: Any, batch: Batch) -> list[str]:
         """Return the greedy answer to each source: the same model writes the same text."""
