@@ -24,7 +24,7 @@ from torch import Tensor
 from orthoft.errors import unknown
 from orthoft.linalg import at_least_float32
 from orthoft.merging.files.tensors import TensorFolder, as_matrix, is_finite, matrix_shape
-from orthoft.merging.sources.names import match_prefix
+from orthoft.merging.sources.names import match_names
 
 STEM = "statistics"
 KINDS = ("fisher", "gram", "second_moment")
@@ -105,8 +105,8 @@ class Statistics:
         return math.sqrt(total / count) or 1.0  # all zero: nothing to scale
 
     def _named(self) -> dict[str, str]:
-        prefix = match_prefix(list(self._tensors), self._base, self._fits)
-        pairs = {theirs: own for own in self._tensors if (theirs := prefix.to_base(own)) in self._base and theirs}
+        naming = match_names(list(self._tensors), self._base, self._fits)
+        pairs = {theirs: own for own in self._tensors if (theirs := naming.to_base(own)) in self._base and theirs}
         if not pairs:
             first = next(iter(self._tensors), None)
             raise ValueError(f"{self.file} is of another base: none of its names, e.g. {first!r}, is in it")

@@ -17,7 +17,7 @@ from orthoft.merging.deltas import is_small, merged_delta, model_scale
 from orthoft.merging.files.tensors import as_matrix, matrix_shape
 from orthoft.merging.outputs.checkpoint import add_rounded
 from orthoft.merging.sources.checkpoint import Source
-from orthoft.merging.sources.names import match_prefix
+from orthoft.merging.sources.names import match_names
 from orthoft.merging.threads import torch_threads
 from orthoft.merging.wish import wish_for
 
@@ -81,10 +81,10 @@ class LiveMerge:
         """Return the model's parameter of each weight, which may have a prefix more or less than on disk."""
         own = dict(self.model.named_parameters())
         fits: Callable[[str, str], bool] = lambda mine, theirs: tuple(own[mine].shape) == plan.base.shape(theirs)  # noqa: E731
-        prefix = match_prefix(list(own), list(plan.base), fits)
+        naming = match_names(list(own), plan.base, fits)
         found = {}
         for name, weight in self._weights.items():
-            parameter = own.get(prefix.to_source(name))
+            parameter = own.get(naming.to_source(name))
             if parameter is None or not torch.equal(as_matrix(parameter.detach().cpu()), weight.to(parameter.dtype)):
                 raise ValueError(
                     f"weight {name!r} of {plan.base.folder} is no parameter of the model loaded from it: "

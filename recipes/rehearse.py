@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from orthoft.merging.files.tensors import TensorFolder
 from orthoft.merging.formats.ours import get_reader
+from orthoft.merging.sources.names import match_names
 from orthoft.recipes.load import RecipeError
 from orthoft.recipes.models import adapter_config, auto_class
 from orthoft.recipes.prepare import wished
@@ -71,10 +72,11 @@ def adapter_ranks(task: Task, base: Path, to_merge: bool) -> Ranks:
 
 
 def misnamed(base: Path, ranks: Mapping[str, Ranks]) -> list[str]:
-    """Return a line if none of the adapted weights has, in the base's files, the name that it has once loaded."""
+    """Return a line if none of the adapted weights has a name in the base's files that a merge could find."""
     wanted = [f"{module}.weight" for module in dict.fromkeys(chain.from_iterable(ranks.values()))]
-    stored = list(TensorFolder(base))
-    if not wanted or any(name.endswith(own) or own.endswith(f".{name}") for name in stored for own in wanted):
+    stored = TensorFolder(base)
+    naming = match_names(wanted, stored, lambda own, theirs: True)
+    if not wanted or any(naming.to_base(name) in stored for name in wanted):
         return []
     return [
         f"base: transformers loads its weights under other names than {base} has ({wanted[0]} is not there), which no "

@@ -136,7 +136,7 @@ def save_vit(folder: Path) -> None:
         patch_size=4,
         initializer_range=0.3,
     )
-    ViTModel(config).save_pretrained(folder, save_original_format=False)  # names that a merge finds again
+    ViTModel(config).save_pretrained(folder)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -45,7 +45,7 @@ class Suite:
     task_words: dict[str, Any] = field(default_factory=dict)
     adapter_words: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
-    trial_rows: int = 60  # of each tuning split, in a trial of a merge
+    trial_rows: int = 100  # of each tuning split, in a trial of a merge
     batch: int = 64
 
     def settings(self, row: Row | None = None) -> dict[str, Any]:
@@ -79,26 +79,18 @@ LORA = {"type": "peft.lora", "r": 8, "lora_alpha": 8}
 LORA_16 = {"type": "peft.lora", "r": 16, "lora_alpha": 16}
 
 ENCODER_ROWS = {
-    "lora": Row("LoRA (PEFT), r=8", LORA, (3e-3,), merges="all"),
+    "lora": Row("LoRA (PEFT), r=8", LORA, (1e-3, 3e-3), merges="all"),
     "contrastive": Row(
         "LoRA to merge: contrastive, r=16",
         LORA_16,
+        (1e-3, 3e-3),
         to_merge={"method": "contrastive", "ridge": 0.1},
-        rate_of="lora",
-        merges="some",
     ),
-    "penalty": Row("LoRA to merge: penalty 10, r=8", LORA, rate_of="lora", keep_away=10.0),
     "penalty-300": Row("LoRA to merge: penalty 300, r=8", LORA, rate_of="lora", keep_away=300.0),
     "penalty-3000": Row("LoRA to merge: penalty 3000, r=8", LORA, rate_of="lora", keep_away=3000.0),
-    "contrastive-free": Row(
-        "LoRA to merge: contrastive start, penalty 300, r=8",
-        LORA,
-        to_merge={"method": "contrastive", "ridge": 0.1, "frozen": False},
-        rate_of="lora",
-        keep_away=300.0,
-    ),
-    "oftv2": Row("OFTv2, b=32", {"type": "oftv2", "block_size": 32}, (1e-3,), merges="some"),
-    "hra": Row("HRA, r=16", {"type": "hra", "r": 16}, (1e-2,), merges="some"),
+    "penalty-30000": Row("LoRA to merge: penalty 30000, r=8", LORA, rate_of="lora", keep_away=30000.0),
+    "oftv2": Row("OFTv2, b=32", {"type": "oftv2", "block_size": 32}, (5e-4, 1e-3), merges="some"),
+    "hra": Row("HRA, r=16", {"type": "hra", "r": 16}, (1e-3, 3e-3)),
     "dora": Row("DoRA (PEFT), r=8", {**LORA, "use_dora": True}, rate_of="lora"),
     "peft-oft": Row("OFT (PEFT), b=32", {"type": "peft.oft", "oft_block_size": 32, "r": 0}, rate_of="oftv2"),
     "peft-hra": Row("HRA (PEFT), r=16", {"type": "peft.hra", "r": 16}, rate_of="hra"),
@@ -138,14 +130,14 @@ ENCODER = Suite(
         )
     },
     rows=ENCODER_ROWS,
-    tuned_on=("sarcasm", "sequel"),
-    task_words={"max_length": 32, "data": {"limit": {"train": 2400, "tuning": 200, "test": 400}}},
+    tuned_on=("sarcasm", "scripture"),
+    task_words={"max_length": 32, "data": {"limit": {"train": 2400, "tuning": 200, "test": 1000}}},
     adapter_words={"target_modules": "all-linear", "exclude_modules": ["pooler.dense"]},
     training={
-        "max_steps": 100,
-        "per_device_train_batch_size": 12,
+        "max_steps": 200,
+        "per_device_train_batch_size": 16,
         "train_sampling_strategy": "group_by_length",
-        "warmup_steps": 10,
+        "warmup_steps": 20,
         "lr_scheduler_type": "linear",
     },
 )

@@ -25,7 +25,7 @@ from orthoft.merging.sources.checkpoint import (
     untied,
 )
 from orthoft.merging.sources.delta import CONFIG, DeltaSource
-from orthoft.merging.sources.names import added_rows, inputs_first, match_prefix, tied_embedding, ties_embedding
+from orthoft.merging.sources.names import added_rows, inputs_first, match_names, tied_embedding, ties_embedding
 from orthoft.merging.sources.rows import Replaced, replaced_rows
 
 __all__ = ["MERGEABLE", "AdapterSource", "CheckpointSource", "Source", "open_source"]
@@ -73,7 +73,7 @@ class AdapterSource(Source):
                 return extents[own].fits(base.shape(theirs))
             return own not in saved or file.tensors.shape(saved[own]) == base.shape(theirs)
 
-        self._prefix = match_prefix(list(extents) or [*saved, *file.tokens], base, fits)
+        self._naming = match_names(list(extents) or [*saved, *file.tokens], base, fits)
         self._drop_tied(extents, base)
         checked = {self._check(own, extent, base): extent for own, extent in extents.items()}
         self.inputs_first = {theirs: self._inputs_first(theirs, extent, base) for theirs, extent in checked.items()}
@@ -110,7 +110,7 @@ class AdapterSource(Source):
         return more or self.ranks[name] is None or not self._file.reader.weightless
 
     def module(self, name: str) -> str:
-        return self._prefix.to_source(name).removesuffix(".weight")
+        return self._naming.to_source(name).removesuffix(".weight")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return the adapter's tensors of one adapted weight, named by what stands behind the module's name."""
@@ -197,7 +197,7 @@ class AdapterSource(Source):
                 del extents[own], self._file.keys[module]
 
     def _tied_to(self, own: str, fits: Callable[[tuple[int, ...]], bool], base: TensorFolder) -> str | None:
-        theirs = self._prefix.to_base(own)
+        theirs = self._naming.to_base(own)
         if theirs is not None and theirs in base:
             return None
         return tied_embedding(own, {name: base.shape(name) for name in base}, fits)
@@ -215,7 +215,7 @@ class AdapterSource(Source):
 
     def _require(self, own: str, base: TensorFolder, fits: Callable[[tuple[int, ...]], bool]) -> str:
         """Return the base's name of a weight that has to be there."""
-        theirs, twin = self._prefix.to_base(own), self._tied_to(own, fits, base)
+        theirs, twin = self._naming.to_base(own), self._tied_to(own, fits, base)
         if twin is not None:
             raise ValueError(untied(own, twin))
         if theirs is None or theirs not in base:
@@ -237,7 +237,7 @@ class AdapterSource(Source):
         found: dict[str, str] = {}
         for module, keys in self._file.keys.items():
             key = keys.get(self._file.reader.bias or "")
-            theirs = self._prefix.to_base(f"{module}.bias")
+            theirs = self._naming.to_base(f"{module}.bias")
             if key is None:
                 continue
             if theirs is not None and theirs in base and self._file.tensors.shape(key) == base.shape(theirs):
@@ -252,7 +252,7 @@ class AdapterSource(Source):
         """Return {the base's tensor: key} of what is saved beside the adapter, and list what the base lacks."""
         placed = {}
         for own, key in saved.items():
-            theirs = self._prefix.to_base(own)
+            theirs = self._naming.to_base(own)
             if theirs is None or theirs not in base:
                 self._leave(own, key, saved, base)
             elif self._replaces(own, key, theirs, base):
@@ -275,13 +275,13 @@ class AdapterSource(Source):
         return True
 
     def _leave(self, own: str, key: str, saved: Mapping[str, str], base: TensorFolder) -> None:
-        shapes = {theirs: self._file.tensors.shape(k) for o, k in saved.items() if (theirs := self._prefix.to_base(o))}
+        shapes = {theirs: self._file.tensors.shape(k) for o, k in saved.items() if (theirs := self._naming.to_base(o))}
         known = {name: base.shape(name) for name in base} | shapes
         twin = tied_embedding(own, known, self._file.tensors.shape(key).__eq__)
         if twin is None:
             self.not_carried.append(f"{own}: the base has no such tensor")
             return
-        double = saved.get(self._prefix.to_source(twin))
+        double = saved.get(self._naming.to_source(twin))
         other, name = (base, twin) if double is None else (self._file.tensors, double)
         if not same_tensor(self._file.tensors, key, other, name):
             raise ValueError(untied(own, twin))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orthoft.delta import Delta
 from orthoft.merging.files.tensors import TensorFolder, same_tensor
-from orthoft.merging.sources.names import added_rows, match_prefix, tied_embedding
+from orthoft.merging.sources.names import added_rows, match_names, tied_embedding
 from orthoft.merging.sources.rows import Replaced
 
 MERGEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # not the codes of quantised weights
@@ -70,8 +70,8 @@ class CheckpointSource(Source):
     def __init__(self, name: str, folder: Path, base: TensorFolder) -> None:
         super().__init__(name, folder)
         tensors = self._tensors = TensorFolder(folder)
-        prefix = match_prefix(list(tensors), base, lambda own, theirs: tensors.shape(own) == base.shape(theirs))
-        named = ((prefix.to_base(own), own) for own in tensors)
+        naming = match_names(list(tensors), base, lambda own, theirs: tensors.shape(own) == base.shape(theirs))
+        named = ((naming.to_base(own), own) for own in tensors)
         self._own = {theirs: own for theirs, own in named if theirs is not None and theirs in base}
         if not self._own:
             first = next(iter(tensors), None)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import takewhile
 
 from orthoft.merging.files.tensors import TensorFolder, read_json
+from orthoft.merging.sources.renames import stored_names
 
 EMBEDDING = re.compile(r"(.*[._])?(embeddings?|embed_\w+|wte|wpe|shared)")
 HEAD = re.compile(r"lm_head|embed_out|output_projection|decoder|predictions")  # the last: BERT's bias
@@ -27,6 +29,47 @@ class Prefix:
     def to_source(self, name: str) -> str:
         """Return the source's name of a base's name."""
         return self.removed + name.removeprefix(self.added)
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How the names of a source become names in the files of the base: a prefix, then a renaming by transformers.
+
+    ``stored`` maps names in the loaded model to names in the files, see `orthoft.merging.sources.renames`.
+    """
+
+    prefix: Prefix
+    stored: Mapping[str, str] = field(default_factory=dict)
+
+    def to_base(self, name: str) -> str | None:
+        """Return the base's name of a source's name, or None if the name lacks the removed prefix."""
+        loaded = self.prefix.to_base(name)
+        return loaded if loaded is None else self.stored.get(loaded, loaded)
+
+    def to_source(self, name: str) -> str:
+        """Return the source's name of a base's name."""
+        return self.prefix.to_source(self._loaded.get(name, name))
+
+    @cached_property
+    def _loaded(self) -> dict[str, str]:
+        return {stored: loaded for loaded, stored in self.stored.items()}
+
+
+def match_names(names: Collection[str], base: TensorFolder, fits: Callable[[str, str], bool]) -> Naming:
+    """Return how a source's names become names in the files of the base, see `match_prefix`.
+
+    Where transformers loads the base under other names than are stored (ViT, LLaVA and Gemma 3 are among those), the
+    source may use either.
+
+    Raises:
+        ValueError: the meaning would be a guess.
+    """
+    plain = Naming(match_prefix(names, base, fits))
+    found = sum(plain.to_base(name) in base for name in names)
+    if found == len(names) or not (stored := stored_names(base)):
+        return plain
+    renamed = Naming(match_prefix(names, stored, lambda own, loaded: fits(own, stored[loaded])), stored)
+    return renamed if sum(renamed.to_base(name) in base for name in names) > found else plain
 
 
 def match_prefix(names: Collection[str], base: Collection[str], fits: Callable[[str, str], bool]) -> Prefix:

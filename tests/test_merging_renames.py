@@ -1,0 +1,147 @@
+"""Models that transformers loads under other names than it stores: adapters of the one merge into the other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from merging_files import randomised
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+from orthoft.merging import merge, plan
+from orthoft.merging.files.tensors import TensorFolder
+from orthoft.merging.sources.renames import stored_names
+from orthoft.recipes.live_merge import LiveMerge
+from orthoft.recipes.statistics import collect
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+TEXT = {**SIZES, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 60}
+IMAGES = {**SIZES, "image_size": 16, "patch_size": 8}
+LLAMA, CLIP = {**TEXT, "model_type": "llama"}, {**IMAGES, "model_type": "clip_vision_model"}
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "vit": lambda: ViTForImageClassification(ViTConfig(**IMAGES)),
+    "llava": lambda: LlavaForConditionalGeneration(LlavaConfig(text_config=LLAMA, vision_config=CLIP)),
+    "gemma3": lambda: Gemma3ForConditionalGeneration(Gemma3Config(text_config=TEXT, vision_config=IMAGES)),
+}
+
+
+@pytest.fixture(params=MODELS)
+def made(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A base and two LoRAs, trained on the model as transformers loads it."""
+    randomised(MODELS[request.param]()).save_pretrained(tmp_path / "base")
+    adapt(tmp_path, load(request.param, tmp_path / "base"))
+    return tmp_path
+
+
+def load(name: str, folder: Path) -> PreTrainedModel:
+    return type(MODELS[name]()).from_pretrained(folder)
+
+
+def adapt(root: Path, model: PreTrainedModel) -> None:
+    for seed, task in enumerate(("a", "b")):
+        peft_model = get_peft_model(
+            model, LoraConfig(r=4, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+        )
+        randomised(peft_model, "lora_", seed=seed)
+        peft_model.save_pretrained(root / task)
+        model = peft_model.unload()
+
+
+def kind_of(made: Path) -> str:
+    return str(json.loads((made / "base" / "config.json").read_text(encoding="utf-8"))["model_type"])
+
+
+def summed(made: Path) -> dict[str, Tensor]:
+    """Return the weights of the loaded base plus both LoRAs, by the adapters' own arithmetic."""
+    name = kind_of(made)
+    weights = {key: value.clone() for key, value in load(name, made / "base").state_dict().items()}
+    for task in ("a", "b"):
+        tensors = load_file(made / task / "adapter_model.safetensors")
+        for key in [key for key in tensors if key.endswith("lora_A.weight")]:
+            update = tensors[key.replace("lora_A", "lora_B")] @ tensors[key] * (8 / 4)
+            weights[key.removeprefix("base_model.model.").replace("lora_A.", "")] += update
+    return weights
+
+
+def test_a_merged_checkpoint_loads_and_equals_the_sum(made: Path) -> None:
+    merge(made / "base", [made / "a", made / "b"], made / "out", method="task_arithmetic")
+    assert load_file(made / "out" / "model.safetensors").keys() == load_file(made / "base" / "model.safetensors").keys()
+    found, wanted = load(kind_of(made), made / "out").state_dict(), summed(made)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name])
+
+
+def test_a_merged_lora_is_named_as_the_loaded_model(made: Path) -> None:
+    merge(made / "base", [made / "a", made / "b"], made / "out", method="task_arithmetic", output="lora")
+    model = PeftModel.from_pretrained(load(kind_of(made), made / "base"), made / "out").merge_and_unload()
+    wanted = summed(made)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, wanted[name])
+
+
+def test_a_checkpoint_may_have_either_names(made: Path) -> None:
+    model = load(kind_of(made), made / "base")
+    tuned = randomised(model, "q_proj.weight", seed=3)
+    tuned.save_pretrained(made / "stored")
+    tuned.save_pretrained(made / "loaded", save_original_format=False)
+    for form in ("stored", "loaded"):
+        merge(made / "base", [made / form], made / f"out-{form}", method="task_arithmetic")
+        found = load_file(made / f"out-{form}" / "model.safetensors")
+        for name, value in load_file(made / "stored" / "model.safetensors").items():
+            torch.testing.assert_close(found[name], value)
+
+
+def test_merges_in_memory_find_their_weights(made: Path) -> None:
+    todo = plan(made / "base", [made / "a", made / "b"], method="task_arithmetic")
+    live = LiveMerge(todo, load(kind_of(made), made / "base"))
+    wanted = summed(made)
+    with live.changed(live.merged({"method": "task_arithmetic"})) as model:
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value, wanted[name])
+
+
+def test_statistics_of_the_loaded_model_are_found(tmp_path: Path) -> None:
+    randomised(ViTModel(ViTConfig(**IMAGES))).save_pretrained(tmp_path / "base")
+    model = ViTModel.from_pretrained(tmp_path / "base")
+    adapt(tmp_path, model)
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for task in ("a", "b"):
+        tuned = PeftModel.from_pretrained(ViTModel.from_pretrained(tmp_path / "base"), str(tmp_path / task))
+        collect(tuned, [{"pixel_values": images}], "gram", tmp_path / f"{task}.safetensors", progress=False)
+    files = {task: tmp_path / f"{task}.safetensors" for task in ("a", "b")}
+    sources = [(task, tmp_path / task) for task in ("a", "b")]
+    report = merge(tmp_path / "base", sources, tmp_path / "out", method="regmean", space="full", statistics=files)
+    assert len(report.merged) == 4
+    assert not report.not_carried
+
+
+def test_names_of_a_model_that_is_stored_as_it_loads_stay(made: Path) -> None:
+    load(kind_of(made), made / "base").save_pretrained(made / "same", save_original_format=False)
+    names = stored_names(TensorFolder(made / "same"))
+    assert names
+    assert all(loaded == stored for loaded, stored in names.items())
+
+
+@pytest.mark.parametrize("config", [None, "{}", '{"architectures": ["Nobody"]}', '{"architectures": ["ViTModel"]}'])
+def test_a_base_that_transformers_does_not_know_keeps_its_names(config: str | None, tmp_path: Path) -> None:
+    save_file({"x.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    if config is not None:
+        (tmp_path / "config.json").write_text(config, encoding="utf-8")
+    assert stored_names(TensorFolder(tmp_path)) == {}
