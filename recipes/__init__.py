@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orthoft.recipes.load import RecipeError, load
-from orthoft.recipes.schema import Recipe
+from orthoft.recipes.schema import Again, Recipe
 
 __all__ = ["Recipe", "RecipeError", "load", "run"]
 
@@ -22,6 +22,7 @@ def run(
     until: Literal["finetune"] | None = None,
     tasks: Sequence[str] | None = None,
     overwrite: bool = False,
+    keep_experts: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Fine-tune each task of a recipe, evaluate, merge, export, evaluate the export; return ``results.json``.
@@ -35,6 +36,8 @@ def run(
         until: "finetune" stops when the experts are there.
         tasks: names of the tasks to do, all unless given; only with ``until="finetune"``.
         overwrite: start again where the output folder holds a run.
+        keep_experts: do a finished run again, from the merge on; experts are trained again only if their task, its data
+            or the base changed.
         say: is told what happens, line by line.
 
     Raises:
@@ -45,6 +48,9 @@ def run(
     checked = load(recipe, overrides)
     if tasks is not None and until != "finetune":
         raise ValueError('a choice of tasks goes with until="finetune": a merge needs all of them')
+    if overwrite and keep_experts:
+        raise ValueError("overwrite starts again from nothing, keep_experts does not: give one of them")
+    again: Again = "overwrite" if overwrite else "keep experts" if keep_experts else "no"
     from orthoft.recipes.pipeline import run_recipe  # torch comes in here, after the recipe is known to be sound
 
-    return run_recipe(checked, until=until, tasks=tasks, overwrite=overwrite, say=say)
+    return run_recipe(checked, until=until, tasks=tasks, again=again, say=say)

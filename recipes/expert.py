@@ -14,10 +14,11 @@ from accelerate import PartialState
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from orthoft.recipes.data import read_file
 from orthoft.recipes.head import Head
 from orthoft.recipes.kinds import Kind, TaskData
 from orthoft.recipes.schema import Recipe
-from orthoft.recipes.task_schema import Task
+from orthoft.recipes.task_schema import ImageClassification, Task
 
 FINISHED = "expert.json"
 
@@ -47,7 +48,7 @@ def head_file(expert: Path) -> Path:
 
 
 def fingerprint(recipe: Recipe, task: Task, base: Path) -> str:
-    """Return a hash of all that an expert depends on: the task's words, its files' contents, base, dtype and seed."""
+    """Return a hash of all that an expert depends on: its task, what files and pictures hold, base, dtype and seed."""
     weights = sorted((f.name, f.stat().st_size) for f in base.glob("*.safetensors"))
     words: list[Any] = [_trains(task), _digests(task), recipe.base, weights, recipe.dtype, recipe.seed]
     if recipe.quantization is not None:
@@ -65,11 +66,21 @@ def _trains(task: Task) -> dict[str, Any]:
 
 
 def _digests(task: Task) -> list[str]:
-    files = [task.data.train, task.data.tuning, task.data.test] if task.data.dataset is None else []
-    return [_digest(file) for file in files if file]
+    named = [task.data.train, task.data.tuning, task.data.test] if task.data.dataset is None else []
+    files = [Path(name) for name in named if name]
+    pictures = [picture for file in files for picture in _pictures(file, task)]
+    return [_digest(file) for file in (*files, *pictures)]
 
 
-def _digest(file: str) -> str:
+def _pictures(file: Path, task: Task) -> list[Path]:
+    """Return the pictures that the rows of a file name, without those that are not there: reading the rows says so."""
+    if not isinstance(task, ImageClassification):
+        return []
+    names = [row.get(task.data.image) for row in read_file(file)]
+    return [picture for name in names if isinstance(name, str) and (picture := file.parent / name).is_file()]
+
+
+def _digest(file: str | Path) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 

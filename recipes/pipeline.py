@@ -34,7 +34,7 @@ from orthoft.recipes.kinds import KINDS, kind_of
 from orthoft.recipes.models import load_model
 from orthoft.recipes.prepare import RESULTS, check, open_output, quiet
 from orthoft.recipes.rehearse import rehearse
-from orthoft.recipes.schema import Recipe
+from orthoft.recipes.schema import Again, Recipe
 from orthoft.recipes.table import MERGED, gains, table
 from orthoft.recipes.task_schema import Task
 from orthoft.recipes.train_to_merge import read_subspace, save_subspaces
@@ -43,7 +43,7 @@ Say = Callable[[str], None]
 
 
 def run_recipe(
-    recipe: Recipe, *, until: str | None, tasks: Sequence[str] | None, overwrite: bool, say: Say
+    recipe: Recipe, *, until: str | None, tasks: Sequence[str] | None, again: Again, say: Say
 ) -> dict[str, Any]:
     """Do what a checked recipe says and return ``results.json``; see `orthoft.recipes.run`."""
     chosen = [unit for unit in recipe.tasks if tasks is None or unit.name in tasks]
@@ -60,7 +60,7 @@ def run_recipe(
         run = Run(recipe, base, Path(recipe.output), say if state.is_main_process else _silent)
         run.read(chosen)
         if state.is_main_process:
-            open_output(recipe, run.out, overwrite)
+            open_output(recipe, run.out, again)
         state.wait_for_everyone()
         run.finetune()
         if until == "finetune" or not state.is_main_process:

@@ -19,10 +19,11 @@ from orthoft.recipes.devices import check_device, check_launch
 from orthoft.recipes.finetune import training_arguments
 from orthoft.recipes.load import RecipeError
 from orthoft.recipes.models import adapter_config
-from orthoft.recipes.schema import Merge, Recipe
+from orthoft.recipes.schema import Again, Merge, Recipe
 
 RESULTS, RECIPE = "results.json", "recipe.yaml"
-OURS = ("experts", "heads", "subspaces", "merged", "merged-lora", "search", "statistics", RESULTS, RECIPE)
+MADE_OF_EXPERTS = ("merged", "merged-lora", RESULTS)
+OURS = ("experts", "heads", "subspaces", "search", "statistics", *MADE_OF_EXPERTS, RECIPE)
 
 
 def check(recipe: Recipe) -> None:
@@ -63,10 +64,11 @@ def _mergeable(recipe: Recipe, adapter: Any, kind: str) -> None:
         raise ValueError(f"type {adapter.type!r} cannot be merged, only {', '.join(READERS)} can")
 
 
-def open_output(recipe: Recipe, out: Path, overwrite: bool) -> None:
+def open_output(recipe: Recipe, out: Path, again: Again) -> None:
     """Make the output folder and write the recipe into it; an unfinished run of the same training is taken up again.
 
-    Overwriting removes what a run writes, and nothing else.
+    ``again`` says what becomes of a finished run. Overwriting removes what a run writes, and nothing else; keeping the
+    experts removes what was made of them.
 
     Raises:
         FileExistsError: there is something else, or a finished run, or one that trains otherwise.
@@ -74,12 +76,15 @@ def open_output(recipe: Recipe, out: Path, overwrite: bool) -> None:
     words = recipe.model_dump(mode="json")
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / RECIPE).is_file())):
         raise FileExistsError(f"{out} exists and is not a run of a recipe: choose another output")
-    if overwrite:
-        for name in OURS:
+    if again != "no":
+        for name in OURS if again == "overwrite" else MADE_OF_EXPERTS:
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif (out / RESULTS).is_file():
-        raise FileExistsError(f"{out} holds a finished run: give --overwrite to start again, or choose another output")
+        raise FileExistsError(
+            f"{out} holds a finished run: give --keep-experts to merge anew, --overwrite to train again, or choose "
+            "another output"
+        )
     elif (out / RECIPE).is_file():
         before = yaml.safe_load((out / RECIPE).read_text(encoding="utf-8"))
         if any(

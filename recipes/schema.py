@@ -10,6 +10,7 @@ from orthoft.recipes.strict import Name, PathText, Strict
 from orthoft.recipes.task_schema import Task
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Again = Literal["no", "overwrite", "keep experts"]  # what becomes of a finished run
 
 
 class MergeWords(Strict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 from orthoft.recipes import load
 from orthoft.recipes.data import read_file
+from orthoft.recipes.expert import fingerprint
 from orthoft.recipes.head import Head
 from orthoft.recipes.kinds import kind_of
 from orthoft.recipes.models import load_model
@@ -64,6 +66,17 @@ def test_a_picture_is_turned_upright_and_a_cut_one_refused(laid_out: Callable[[C
     assert torch.equal(pixels[0], pixels[1])
     with pytest.raises(ValueError, match=r"^a test: 60 bytes cannot be read as a picture: "):
         kind.examples([{"image": file.getvalue()[:60], "label": "disc"}], ["cross", "disc"], "test")
+
+
+def test_an_expert_depends_on_what_its_pictures_show(laid_out: Callable[[Case], Path], tmp_path: Path) -> None:
+    shutil.copytree(laid_out(CASES[2]), tmp_path / "data")
+    recipe = load(CASES[2].recipe(tmp_path / "data", tmp_path / "out"))
+    task, base = recipe.tasks[0], Path(recipe.base)
+    before = fingerprint(recipe, task, base)
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "data" / "a" / "train0.png")
+    after = fingerprint(recipe, task, base)
+    (tmp_path / "data" / "a" / "train0.png").unlink()
+    assert len({before, after, fingerprint(recipe, task, base)}) == 3
 
 
 def test_targets_end_and_prefixes_stand_in_front(laid_out: Callable[[Case], Path], tmp_path: Path) -> None:

@@ -436,7 +436,7 @@ def test_the_rehearsal_knows_what_the_merge_finds_on_disk(told: tuple[Words, Pat
 def test_a_finished_run_is_not_touched(told: tuple[Words, Path, list[str]], models: Path) -> None:
     _, out, _ = told
     before = (out / "results.json").stat().st_mtime_ns
-    with pytest.raises(FileExistsError, match="holds a finished run: give --overwrite"):
+    with pytest.raises(FileExistsError, match="holds a finished run: give --keep-experts to merge anew, --overwrite"):
         run(classification(models, out))
     assert (out / "results.json").stat().st_mtime_ns == before
 
@@ -462,6 +462,23 @@ def test_a_run_goes_on_where_it_stopped(models: Path, tmp_path: Path) -> None:
     again = run(words, overwrite=True)
     assert (out / "experts" / "a" / "adapter_model.safetensors").stat().st_mtime_ns > written
     assert again["scores"]["a"] == results["scores"]["a"]  # the same seed, the same expert
+
+
+def test_a_finished_run_merges_anew_and_trains_what_changed(models: Path, tmp_path: Path) -> None:
+    out, lines = tmp_path / "out", list[str]()
+    words = classification(models, out, max_steps=2)
+    first = run(words)
+    (out / "merged" / "stale.txt").touch()
+    words["merge"] = {"method": "mean"}
+    words["tasks"][1]["training"] = {"max_steps": 3}
+    again = run(words, keep_experts=True, say=lines.append)
+    assert [line for line in lines if "reused" in line] == [f"  reused {out / 'experts' / 'a'}"]
+    assert (first["experts"]["b"]["steps"], again["experts"]["b"]["steps"]) == (2, 3)
+    assert again["merge"]["method"] == "mean"
+    assert not (out / "merged" / "stale.txt").exists()
+    assert json.loads((out / "results.json").read_text(encoding="utf-8")) == again
+    with pytest.raises(ValueError, match="give one of them"):
+        run(words, keep_experts=True, overwrite=True)
 
 
 def test_an_unfinished_run_of_another_recipe_is_refused(models: Path, tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ def run(
     dtype: Dtype = None,
     set_: Overrides = None,
     overwrite: Overwrite = False,
+    keep_experts: Annotated[
+        bool, typer.Option("--keep-experts", help="Do a finished run again, but train only what changed.")
+    ] = False,
 ) -> None:
     """Fine-tune, merge, export and evaluate as a recipe says.
 
@@ -30,7 +33,7 @@ def run(
 
     Example: orthoft run recipes/configs/minilm.yaml --set seed=1 --set output=runs/second --threads 2
 
-    Example: orthoft run recipes/configs/minilm.yaml --set merge.method=ties --overwrite --json
+    Example: orthoft run recipes/configs/minilm.yaml --set merge.method=ties --keep-experts
 
     In Python: orthoft.recipes.run("recipes/configs/minilm.yaml", ["seed=1", "output=runs/second"])
     """
@@ -39,7 +42,7 @@ def run(
     from orthoft.recipes.table import results_table
 
     overrides = out.overrides(set_, device=device, dtype=dtype)
-    results = recipes.run(recipe, overrides, overwrite=overwrite, say=out.say)
+    results = recipes.run(recipe, overrides, overwrite=overwrite, keep_experts=keep_experts, say=out.say)
     file = Path(results["recipe"]["output"], RESULTS)
     out.show(results, f"{results_table(results)}\n\nresults: {file}", said=True)
 
