@@ -76,15 +76,17 @@ def expert_card(results: Results, task: str) -> str:
 
 def measured(results: Results, row: str) -> list[str]:
     """Return the lines on a merge's scores: base, experts and merge by task, and the share of the gain it keeps."""
-    others = [name for name in MERGED if name != row]
+    own = ("merge", "merge-refit") if row == "merge" else (row,)
+    others = [name for name in MERGED if name not in own]
     scores = {name: by_task for name, by_task in results["scores"].items() if name not in others}
     if row != "merge":  # whose gain the table tells of
         scores["merge"] = scores.pop(row)
-    rows = table(scores, metrics_of(results)).rows
+    rows, refit = table(scores, metrics_of(results)).rows, "merge-refit" in scores
     return [
         *markdown(rows),
         "",
         "On the test splits, one seed. Gain kept is (merge - base) / (expert - base), a share of what training gained.",
+        *(["`merge-refit` is this model under the heads in `heads`, fitted anew on its features."] if refit else []),
     ]
 
 

@@ -33,6 +33,7 @@ from orthoft.recipes.keep_away import KeepAway
 from orthoft.recipes.kinds import KINDS, kind_of
 from orthoft.recipes.models import load_model
 from orthoft.recipes.prepare import RESULTS, check, open_output, quiet
+from orthoft.recipes.refit import refitted
 from orthoft.recipes.rehearse import rehearse
 from orthoft.recipes.schema import Again, Recipe
 from orthoft.recipes.table import MERGED, gains, table
@@ -176,7 +177,10 @@ class Run:
         with self.timed("evaluate"):
             norms = {weight.name: weight.norm for weight in merged.merged}
             self.results["export_check"] = export_check(self.base, self.out / "merged", norms)
-            self.score("merge", load_model(self.kind, self.out / "merged", self.recipe.dtype), self.ready)
+            model = load_model(self.kind, self.out / "merged", self.recipe.dtype)
+            self.score("merge", model, self.ready)
+        if self.recipe.merge is not None and self.recipe.merge.refit_heads:
+            self.refit(model)
         if export.lora is not None:
             self._merged("merge-lora", self.out / "merged-lora", output="lora", rank=export.lora.rank)
             with self.timed("evaluate"):
@@ -185,6 +189,14 @@ class Run:
         if (harness := self.recipe.evaluate.harness) is not None:
             with self.timed("harness"):
                 self.results["harness"] = run_harness(self.recipe, harness, self.out / "merged", self.say)
+
+    def refit(self, model: nn.Module) -> None:
+        """Score the merged model once more, under heads that are fitted anew on its features."""
+        self.say("fitting the heads anew")
+        with self.timed("probe"):
+            again = refitted(model, self.ready, self.out / "merged", self.recipe.evaluate.batch_size)
+        with self.timed("evaluate"):
+            self.score("merge-refit", model, again)
 
     def _merged(self, row: str, folder: Path, **output: Any) -> MergeReport:
         wanted = self.recipe.merge

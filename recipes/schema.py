@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from orthoft.recipes.strict import Name, PathText, Strict
+from orthoft.recipes.table import MERGED
 from orthoft.recipes.task_schema import Task
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -33,9 +34,13 @@ class MergeWords(Strict):
 
 
 class Merge(MergeWords):
-    """One call of ``orthoft.merging.merge``; one number in ``weights`` stands for all tasks."""
+    """One call of ``orthoft.merging.merge``; one number in ``weights`` stands for all tasks.
+
+    ``refit_heads`` fits the tasks' linear heads anew on the merged model's features and writes them to its ``heads``.
+    """
 
     weights: float | list[float] | None = None
+    refit_heads: bool = False
 
     def task_weights(self, tasks: int) -> list[float] | None:
         """Return one number per task, or None where the recipe gives none."""
@@ -135,7 +140,7 @@ class Recipe(Strict):
         names = [task.name for task in self.tasks]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two tasks have the name {min(twice)!r}")
-        if taken := {"base", "merge", "merge-lora"} & {*names}:
+        if taken := {"base", *MERGED} & {*names}:
             raise ValueError(f"a task cannot be called {min(taken)!r}, which is a row of the table")
         loaded = {task.kind: task.auto for task in self.tasks}
         if len({*loaded.values()}) > 1:
@@ -144,6 +149,13 @@ class Recipe(Strict):
         weights = self.merge.weights if self.merge else None
         if isinstance(weights, list) and len(weights) != len(names):
             raise ValueError(f"merge.weights has {len(weights)} numbers for {len(names)} tasks")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_to_refit(self) -> Recipe:
+        headless = [task.name for task in self.tasks if not hasattr(task, "head")]
+        if self.merge is not None and self.merge.refit_heads and headless:
+            raise ValueError(f"merge.refit_heads is for tasks with a head, {headless[0]!r} has none")
         return self
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from orthoft.recipes.task_schema import LOWER_IS_BETTER
 
 Rows = Sequence[Sequence[str]]
 Scores = Mapping[str, Mapping[str, Mapping[str, float]]]  # row: task: metric: value
-MERGED = ("merge", "merge-lora")
+MERGED = ("merge", "merge-refit", "merge-lora")  # rows of a run that has a merge
 Metrics = Mapping[str, str]  # task: the metric that counts
 
 

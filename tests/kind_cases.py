@@ -132,6 +132,10 @@ class Case:
     training: Words = field(default_factory=dict)
     adapter: Words = field(default_factory=lambda: OF_ENCODER)
 
+    @property
+    def has_heads(self) -> bool:
+        return self.kind.endswith("classification")
+
     def recipe(self, folder: Path, out: Path) -> Words:
         training = {"max_steps": 80, "per_device_train_batch_size": 16, "learning_rate": 1e-2} | self.training
         tasks = [{"name": name, "data": files(folder / name)} for name in "ab"]
@@ -141,7 +145,7 @@ class Case:
             "output": str(out),
             "defaults": {"kind": self.kind, "adapter": self.adapter, "training": training} | self.words,
             "tasks": tasks,
-            "merge": {"method": "task_arithmetic", "scale": 0.7},
+            "merge": {"method": "task_arithmetic", "scale": 0.7, "refit_heads": self.has_heads},
         }
 
 

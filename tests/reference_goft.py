@@ -37,16 +37,16 @@ def stages(n: int) -> list[list[tuple[int, int, int]]]:
 
 
 def dense_stage(n: int, stage: list[tuple[int, int, int]], state: Mapping[str, Tensor], mode: str) -> Tensor:
-    rows = [list(row) for row in torch.eye(n, dtype=torch.float64)]
+    R = torch.eye(n, dtype=torch.float64)
     for number, i, j in stage:
         if mode == "strict":
             angle = state["angles"][number].double()
             c, s = torch.cos(angle), torch.sin(angle)
-            rows[i][i], rows[i][j], rows[j][i], rows[j][j] = c, -s, s, c
+            R[i, i], R[i, j], R[j, i], R[j, j] = c, -s, s, c
         else:
             G = state["planes"][number].double()
-            rows[i][i], rows[i][j], rows[j][i], rows[j][j] = G[0, 0], G[0, 1], G[1, 0], G[1, 1]
-    return torch.stack([torch.stack(row) for row in rows])
+            R[i, i], R[i, j], R[j, i], R[j, j] = G[0, 0], G[0, 1], G[1, 0], G[1, 1]
+    return R
 
 
 def goft_penalty(planes: Tensor, weight: float) -> Tensor:

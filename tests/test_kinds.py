@@ -78,11 +78,30 @@ def test_a_stranger_gets_the_scores_of_the_export(story: Story) -> None:
         # running text is packed in the order of the shuffled rows
         rows = [json.loads(line) for line in Path(task.data.test).read_text(encoding="utf-8").splitlines()]
         random.Random(recipe.seed).shuffle(rows)
-        head = story.out / "heads" / f"{task.name}.safetensors"
-        with torch.no_grad():
-            found = story.case.stranger(story.out / "merged", head, rows, task.model_dump())
-        told = story.results["scores"]["merge"][task.name]
-        assert found == pytest.approx({key: told[key] for key in found}, abs=1e-4)
+        heads = {"merge": story.out / "heads"}
+        if story.case.has_heads:
+            heads["merge-refit"] = story.out / "merged" / "heads"
+        for row, folder in heads.items():
+            head = folder / f"{task.name}.safetensors"
+            with torch.no_grad():
+                found = story.case.stranger(story.out / "merged", head, rows, task.model_dump())
+            told = story.results["scores"][row][task.name]
+            assert found == pytest.approx({key: told[key] for key in found}, abs=1e-4)
+
+
+def test_heads_fitted_anew_are_probes_of_the_merged_model(story: Story) -> None:
+    if not story.case.has_heads:
+        with pytest.raises(RecipeError, match=r"merge.refit_heads is for tasks with a head, 'a' has none"):
+            load(story.words, ["merge.refit_heads=true"])
+        return
+    recipe = load(story.words)
+    kind, merged = kind_of(recipe.tasks[0], Path(recipe.base)), story.out / "merged"
+    wanted = kind.fit(load_model(story.case.kind, merged, None), kind.data(recipe.seed), 16)
+    found, before = (Head.load(folder / "heads" / "a.safetensors") for folder in (merged, story.out))
+    torch.testing.assert_close(found.weight, wanted.weight, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(found.weight, before.weight, atol=1e-2)
+    assert "`merge-refit` is this model under the heads in `heads`" in (merged / "README.md").read_text("utf-8")
+    assert set(story.results["gain_kept"]) == {"merge", "merge-refit"}
 
 
 def test_neither_the_order_of_rows_nor_the_size_of_batches_changes_scores(story: Story) -> None:

@@ -80,6 +80,7 @@ LORA_16 = {"type": "peft.lora", "r": 16, "lora_alpha": 16}
 
 ENCODER_ROWS = {
     "lora": Row("LoRA (PEFT), r=8", LORA, (1e-3, 3e-3), merges="all"),
+    "lora-slow": Row("LoRA (PEFT), r=8, at the rate of the next row", LORA, rate_of="contrastive"),
     "contrastive": Row(
         "LoRA to merge: contrastive, r=16",
         LORA_16,
