@@ -159,6 +159,17 @@ def test_tables_of_a_suite(encoder: Suite, tmp_path: Path) -> None:
     assert report.to_merge(found).count("LoRA") == 2
 
 
+def test_a_sum_is_scored_under_heads_fitted_anew(encoder: Suite, tmp_path: Path) -> None:
+    shop = measured(encoder, "apart", tmp_path)
+    Merges(shop, "apart", 0).refit()
+    one = numbers(encoder, "apart", tmp_path)["seeds"]["0"]["merges"]["task_arithmetic/auto"]
+    assert one["refit"].keys() == one["test"].keys()
+    found = report.Measured(encoder, tmp_path / "numbers")
+    base, expert = sum(found.base().values()) / 2, found.experts("apart")[0]
+    kept = (sum(one["refit"].values()) / 2 - base) / (expert - base)
+    assert found.merges("apart")["task_arithmetic/auto"].refit == [pytest.approx(kept)]
+
+
 def test_figures(encoder: Suite, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from benchmarks.results.figures import draw

@@ -18,6 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(%(default)s)")
     parser.add_argument("--only", choices=("experts", "merges", "tables"), help="one stage")
     parser.add_argument("--which", choices=("sum", "some", "all"), help="merges to try, in place of each row's own")
+    parser.add_argument("--refit", action="store_true", help="score sums under heads fitted anew, too (classification)")
     parser.add_argument("--cache", type=Path, default=Path(".cache/results"), help="experts (%(default)s)")
     parser.add_argument("--numbers", type=Path, default=report.NUMBERS, help="measured numbers")
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="where the tables stand")
@@ -44,7 +45,10 @@ def measure(suite: str, options: argparse.Namespace) -> None:
             if options.only != "merges":
                 shop.experts(row, seed, cross=SUITES[suite].kind == "causal-lm")
             if options.only != "experts":
-                Merges(shop, row, seed).run(options.which)
+                merges = Merges(shop, row, seed)
+                merges.run(options.which)
+                if options.refit:
+                    merges.refit()
             print(f"{suite} {row} seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
 
 

@@ -88,6 +88,14 @@ class Workshop:
             found = ready.kind.score(model, ready.head, examples, self.suite.batch, name)
         return {key: round(value, 5) for key, value in found.items()}
 
+    def refit_score(self, model: nn.Module, name: str) -> dict[str, float]:
+        """Return a model's test scores on a task under a head that is fitted anew on its features."""
+        ready = self.ready(name)
+        head = ready.kind.fit(model, ready.data, self.suite.batch)
+        with torch.no_grad():
+            found = ready.kind.score(model, head, ready.data.test, self.suite.batch, name)
+        return {key: round(value, 5) for key, value in found.items()}
+
     def scores(self, model: nn.Module, split: str, limit: int | None = None) -> dict[str, dict[str, float]]:
         """Return a model's scores on every task."""
         return {name: self.score(model, name, split, limit) for name in self.suite.tasks}

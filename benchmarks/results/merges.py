@@ -86,6 +86,18 @@ class Merges:
             except (ValueError, TypeError) as error:
                 self.cells.put(str(error), *place, "refused")
 
+    def refit(self) -> None:
+        """Score the plain sum, at the strength that was chosen, under heads that are fitted anew on its features."""
+        ((method, space),) = SUM
+        place = ("seeds", str(self.seed), "merges", f"{method}/{space}")
+        scale = self.cells.get(*place, "scale")
+        if self.cells.get(*place, "test") is None or self.cells.get(*place, "refit") is not None:
+            return
+        words = next(words for words in strengths(method, space) if words["scale"] == scale)
+        with self.plain.changed(self.plain.merged({"method": method, "space": space, **words})) as model:
+            found = {name: self.shop.refit_score(model, name) for name in self.shop.suite.tasks}
+        self.cells.put({name: values[self.shop.metric] for name, values in found.items()}, *place, "refit")
+
     def _tuned(self, method: str, space: str, place: tuple[str, ...]) -> dict[str, Any]:
         """Return the strength that does best on tuning rows; its neighbours are tried until none is better."""
         tried: dict[int, float] = {}

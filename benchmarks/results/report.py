@@ -20,12 +20,16 @@ METRIC = {"classification": "accuracy", "causal-lm": "loss"}
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge of one row by seed: its score on tuning rows at the strength chosen, on test rows, and the gain kept."""
+    """A merge of one row by seed: its score on tuning rows at the strength chosen, on test rows, and the gain kept.
+
+    ``refit`` is the gain that it keeps under heads fitted anew, by seed that has it measured.
+    """
 
     name: str
     tuning: list[float]
     scores: list[float]
     kept: list[float]
+    refit: list[float]
 
 
 class Measured:
@@ -79,10 +83,12 @@ class Measured:
             for name, one in self.cells[row]["seeds"][seed].get("merges", {}).items():
                 if "test" in one:
                     score = mean(one["test"].values())
-                    merge = found.setdefault(name, Merge(name, [], [], []))
+                    merge = found.setdefault(name, Merge(name, [], [], [], []))
                     merge.tuning.append(one["tuning"][f"{one['scale']:g}"])
                     merge.scores.append(score)
                     merge.kept.append((score - base) / (experts - base))
+                    if "refit" in one:
+                        merge.refit.append((mean(one["refit"].values()) - base) / (experts - base))
         return dict(sorted(found.items(), key=lambda item: -mean(item[1].kept)))
 
     def best(self, row: str) -> Merge:
@@ -150,10 +156,11 @@ def to_merge(measured: Measured) -> str:
             continue
         plain, best = found["task_arithmetic/auto"], measured.best(row)
         told = [measured.suite.rows[row].title, f"{measured.parameters(row):,}", spread(measured.experts(row))]
-        told += [spread(plain.scores), spread(plain.kept, 2)]
+        told += [spread(plain.scores), spread(plain.kept, 2), spread(plain.refit, 2) if plain.refit else ""]
         told += [f"{best.name}, of {len(found)}", spread(best.kept, 2)] if len(found) > 1 else ["", ""]
         lines.append(told)
-    return markdown(["", "trained", "experts", "sum", "gain kept", "merge chosen on tuning rows", "gain kept"], lines)
+    heads = ["sum", "gain kept", "heads fitted anew", "merge chosen on tuning rows", "gain kept"]
+    return markdown(["", "trained", "experts", *heads], lines)
 
 
 def forgetting(measured: Measured) -> str:
