@@ -1,4 +1,4 @@
-"""Language models on completions and chats: what the loss looks at, packing, answers, TRL, and the shipped recipe."""
+"""Language models on completions and chats: what the loss looks at, packing, answers, TRL."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from orthoft.recipes.kinds.packing import best_fit, keeps_apart, packed, unpacke
 
 Words = dict[str, Any]
 Rows = list[Words]
-CONFIG = Path(__file__).parents[1] / "recipes" / "configs" / "chat.yaml"
 ASSISTANT, USER, END, IGNORED = 26, 25, 2, -100  # tokens of w23, w22 and [EOS]; what no loss looks at
 TEMPLATE = (
     "{% for m in messages %}{{ 'w23' if m.role == 'assistant' else 'w22' }}{{ ' ' + m.content + ' [EOS]\n' }}"
@@ -353,22 +352,3 @@ def test_trl_trains_on_the_same_rows_with_the_same_loss(packing: bool, base: Pat
     words["tasks"][0]["adapter"] = adapter | {"orthogonality_weight": 0.0}
     plain = run(words, until="finetune", overwrite=True)["experts"]["a"]["losses"]
     assert losses["trl"][0] > plain[0][1] + 0.1  # the penalty is in TRL's loss too
-
-
-# The recipe that ships
-
-
-def test_the_shipped_recipe_runs(base: Path, tmp_path: Path) -> None:
-    files = data_of(tmp_path / "data", as_chats(countdowns(12, 0)))
-    overrides = [
-        f"base={base}",
-        f"output={tmp_path / 'out'}",
-        "defaults.training.max_steps=2",
-        "defaults.block_size=48",
-    ]
-    overrides += [f"tasks.{i}.data.{split}={file}" for i in range(3) for split, file in files.items()]
-    overrides += ["tasks.1.adapter.block_size=8", "defaults.new_tokens=2", "defaults.data.limit={tuning: 2, test: 4}"]
-    results = run(CONFIG, overrides)
-    assert set(results["scores"]) == {"base", "maths", "german", "science", "merge"}
-    assert set(results["scores"]["merge"]["german"]) == {"loss", "perplexity", "exact_match", "f1"}
-    assert set(results["samples"]) == {"maths", "german", "science"}
