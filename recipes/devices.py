@@ -39,7 +39,7 @@ def check_launch() -> None:
     Raises:
         ValueError: weights would be in parts before there is an adapter, or after the training.
     """
-    if _told("ACCELERATE_USE_DEEPSPEED") and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+    if with_deepspeed() and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
         raise ValueError("DeepSpeed's zero_stage 3 leaves no whole weights to look at: take stage 2, or FSDP2")
     if in_parts() and _told("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise ValueError("fsdp_cpu_ram_efficient_loading leaves processes without weights to look at: set it to false")
@@ -55,6 +55,11 @@ def on_cpu(name: str | None) -> bool:
 def in_parts() -> bool:
     """Say whether accelerate was told to keep a part of each weight on each process (FSDP)."""
     return _told("ACCELERATE_USE_FSDP")
+
+
+def with_deepspeed() -> bool:
+    """Say whether accelerate was told to train with DeepSpeed."""
+    return _told("ACCELERATE_USE_DEEPSPEED")
 
 
 def placed(args: TrainingArguments, name: str | None) -> TrainingArguments:

@@ -12,13 +12,13 @@ from typing import Any
 
 import peft
 import torch
-from accelerate import DistributedType, PartialState
+from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 
 from orthoft.recipes.checkpoints import Checkpoints, Say, last_checkpoint, open_checkpoints
-from orthoft.recipes.devices import in_parts, on_cpu, placed, roomy
+from orthoft.recipes.devices import in_parts, on_cpu, placed, roomy, with_deepspeed
 from orthoft.recipes.early_stopping import KeepBest
 from orthoft.recipes.expert import Ready, head_file, save
 from orthoft.recipes.initialise import initialise
@@ -40,6 +40,10 @@ def training_arguments(recipe: Recipe, task: Task, folder: Path) -> TrainingArgu
         ValueError: words that the Trainer would not follow here.
     """
     words, steps = task.training, task.training.get("max_steps", -1)
+    if with_deepspeed() and ("save_steps" in words or words.get("save_strategy", "no") != "no"):
+        raise ValueError(
+            "DeepSpeed's checkpoints are pickles, which are never read: leave save_strategy and save_steps out"
+        )
     defaults: dict[str, Any] = {
         "seed": recipe.seed,
         "save_strategy": "steps" if "save_steps" in words else "no",
@@ -63,10 +67,6 @@ def training_arguments(recipe: Recipe, task: Task, folder: Path) -> TrainingArgu
         raise ValueError("load_best_model_at_end is not followed: write early_stopping beside training")
     if task.early_stopping is not None and args.eval_strategy == "no":
         raise ValueError("early_stopping needs evaluations: leave eval_strategy out")
-    if args.save_strategy != "no" and args.distributed_state.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError(
-            "DeepSpeed's checkpoints are pickles, which are never read: leave save_strategy and save_steps out"
-        )
     return args
 
 

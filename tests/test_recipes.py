@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -578,14 +579,19 @@ def test_csv_and_parquet_hold_the_same_rows(tmp_path: Path) -> None:
         read_file(tmp_path / "rows.txt")
 
 
-def test_two_processes_train_together_and_one_writes(models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["ddp-cpu", "deepspeed"])
+def test_two_processes_train_together_and_one_writes(how: str, models: Path, tmp_path: Path) -> None:
+    if how == "deepspeed":
+        pytest.importorskip("deepspeed")
     recipe, out = tmp_path / "r.yaml", tmp_path / "out"
     words = classification(models, out, max_steps=3)
     recipe.write_text(yaml.safe_dump(words), encoding="utf-8")
-    config = str(copy("ddp-cpu", tmp_path))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "-m", "orthoft.cli", "run"]
-    command = [*launch, str(recipe), "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    config = copy(how, tmp_path)
+    config.write_text(config.read_text(encoding="utf-8").replace("use_cpu: false", "use_cpu: true"), encoding="utf-8")
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "orthoft.cli", "run"]
+    command = [sys.executable, *launch, str(recipe), "--device", "cpu"]
+    variables = os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=variables)
     assert done.returncode == 0, done.stderr
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert [expert["processes"] for expert in results["experts"].values()] == [2, 2]
