@@ -80,8 +80,8 @@ def search(
         methods: only these.
         spaces: only these.
         rows: of each tuning split, all unless given.
-        objective: "gain" is the mean share of the experts' gain that is kept, "score" the mean score (accuracy, or the
-            negative loss), which is the better guide where an expert gains little, "loss" the mean negative loss.
+        objective: "gain" is the share of the experts' whole gain that is kept, "score" the mean score (accuracy, or the
+            negative loss), "loss" the mean negative loss.
         pareto: let Optuna look for the whole front between the tasks, not for the best mean alone.
         equal_weights: leave the tasks' weights at 1.
         memory: GB that the weights, deltas and one merge may take beside the model.
@@ -151,11 +151,14 @@ class Search:
 
     def _valued(self) -> list[str]:
         """Return the tasks that the objective has a number for."""
-        kept = by_task({**self.scores, MERGE: self.scores[BASE]}, self.metrics, self.aim.objective)
-        if not (known := [task for task, number in kept.items() if number is not None]):
-            raise ValueError("no expert beats the base on its tuning split, so there is no gain to keep: take 'score'")
+        untouched = {**self.scores, MERGE: self.scores[BASE]}
+        value(untouched, self.metrics, self.aim.objective)  # refuses experts that gain nothing
+        kept = by_task(untouched, self.metrics, self.aim.objective)
+        known = [task for task, number in kept.items() if number is not None]
         self.notes += [
-            f"{task} does not count: its expert gains nothing on the tuning split" for task in kept if task not in known
+            f"{task} has no share of its own: its expert gains nothing on the tuning split"
+            for task in kept
+            if task not in known
         ]
         self.notes += thin(
             self.scores, {r.task.name: len(r.data.tuning[: self.aim.rows]) for r in self.ready}, self.metrics

@@ -15,7 +15,7 @@ import yaml
 
 from orthoft.merging.reports.page import Page, Section, Table
 from orthoft.merging.reports.pictures import COLOURS, NOTHING, legend, number
-from orthoft.recipes.table import Metrics, Scores, aligned, gains
+from orthoft.recipes.table import Metrics, Scores, aligned, gains, mean_gain
 from orthoft.recipes.task_schema import LOWER_IS_BETTER
 
 Objective = Literal["gain", "score", "loss"]
@@ -129,13 +129,18 @@ def by_task(scores: Scores, metrics: Metrics, objective: Objective) -> dict[str,
 
 
 def value(scores: Scores, metrics: Metrics, objective: Objective) -> float:
-    """Return the mean of `by_task` over the tasks that have one.
+    """Return the mean over the tasks of what is to be large; of the gain kept, see `orthoft.recipes.table.mean_gain`.
 
     Raises:
-        ValueError: it is not a number, as the loss of a model that broke.
+        ValueError: it is not a number, as the loss of a model that broke, or the experts gain nothing.
     """
-    known = [one for one in by_task(scores, metrics, objective).values() if one is not None]
-    mean = sum(known) / len(known)
+    if objective == "gain":
+        mean = mean_gain(scores, metrics, MERGE)
+    else:
+        known = [one for one in by_task(scores, metrics, objective).values() if one is not None]
+        mean = sum(known) / len(known)
+    if mean is None:
+        raise ValueError("the experts do not beat the base on the tuning splits: no gain to keep, take 'score'")
     if not math.isfinite(mean):
         raise ValueError(f"the {objective} of this merge is {mean}")
     return mean
@@ -146,8 +151,8 @@ def thin(scores: Scores, rows: Mapping[str, int], metrics: Metrics) -> list[str]
     shares = {task: metric for task, metric in metrics.items() if metric not in LOWER_IS_BETTER}
     found = {task: scores[task][task][metric] - scores[BASE][task][metric] for task, metric in shares.items()}
     return [
-        f"{task}: its expert gains {gain:.3f} on {rows[task]} tuning rows, shares of which are mostly noise: "
-        "take objective 'score', or more rows"
+        f"{task}: its expert gains {gain:.3f} on {rows[task]} tuning rows, its own share is mostly noise: "
+        "look at the mean, or take more rows"
         for task, gain in found.items()
         if 0 < gain < rows[task] ** -0.5
     ]

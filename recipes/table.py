@@ -20,15 +20,29 @@ def gain_kept(base: float, expert: float, merged: float, higher_is_better: bool)
 
 
 def gains(scores: Scores, metrics: Metrics, row: str = "merge") -> dict[str, float | None]:
-    """Return the share of its expert's gain that ``row`` keeps on each task, and their mean over tasks with a gain."""
+    """Return the share of its expert's gain that ``row`` keeps on each task, and `mean_gain` of them all."""
 
     def kept(task: str, metric: str) -> float | None:
         base, expert, merged = (scores[name][task][metric] for name in ("base", task, row))
         return gain_kept(base, expert, merged, metric not in LOWER_IS_BETTER)
 
     by_task = {task: kept(task, metric) for task, metric in metrics.items()}
-    known = [value for value in by_task.values() if value is not None]
-    return by_task | {"mean": sum(known) / len(known) if known else None}
+    return by_task | {"mean": mean_gain(scores, metrics, row)}
+
+
+def mean_gain(scores: Scores, metrics: Metrics, row: str) -> float | None:
+    """Return ``sum_t (merged - base) / sum_t (expert - base)``, the share of the experts' whole gain that is kept.
+
+    Tasks of one metric are added up: one whose expert hardly gains would divide by noise alone. Of several metrics it
+    is the mean over those with a gain, weighted by their tasks; None without any.
+    """
+    known: list[float] = []
+    for metric in dict.fromkeys(metrics.values()):
+        tasks = [task for task in metrics if metrics[task] == metric]
+        base, expert, merged = (sum(scores[name or task][task][metric] for task in tasks) for name in ("base", "", row))
+        kept = gain_kept(base, expert, merged, metric not in LOWER_IS_BETTER)
+        known += [] if kept is None else [kept] * len(tasks)
+    return sum(known) / len(known) if known else None
 
 
 def table(scores: Scores, metrics: Metrics) -> Table:

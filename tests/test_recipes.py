@@ -334,7 +334,7 @@ def test_the_table_shows_gains_and_gaps() -> None:
     assert gains(scores, {"x": "accuracy", "y": "accuracy"}) == {
         "x": pytest.approx(0.5),
         "y": None,
-        "mean": pytest.approx(0.5),
+        "mean": pytest.approx(2 / 3),  # of the whole gain, .2 - .05
     }
     assert table(scores, {"x": "accuracy", "y": "accuracy"}).splitlines() == [
         "accuracy %     x     y  mean",
@@ -343,8 +343,22 @@ def test_the_table_shows_gains_and_gaps() -> None:
         "x           70.0     -     -",
         "y              -  55.0     -",
         "merge       60.0  60.0  60.0",
-        "gain kept    50%     -   50%",
+        "gain kept    50%     -   67%",
     ]
+
+
+def test_gains_of_several_metrics_are_not_added_up() -> None:
+    metrics = {"x": "accuracy", "y": "loss", "z": "accuracy"}
+    rows = {"base": (0.5, 3.0, 0.5), "x": (0.7,) * 3, "y": (0, 2.0, 0), "z": (0.6,) * 3, "merge": (0.65, 2.8, 0.5)}
+    scores = {
+        name: {task: {metrics[task]: value} for task, value in zip("xyz", values, strict=True)}
+        for name, values in rows.items()
+    }
+    kept = gains(scores, metrics)
+    assert [kept[task] for task in "xyz"] == [pytest.approx(0.75), pytest.approx(0.2), pytest.approx(0)]
+    assert kept["mean"] == pytest.approx((2 * 0.15 / 0.3 + 0.2) / 3)
+    worse = scores | {"x": scores["base"], "z": scores["base"]}
+    assert gains(worse, metrics)["mean"] == pytest.approx(0.2)
 
 
 def test_the_penalty_of_the_adapters_is_in_the_loss(models: Path, tmp_path: Path) -> None:
