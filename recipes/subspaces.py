@@ -11,9 +11,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.linalg import solve_triangular as solve
 
 from orthoft.bases import signed_svd
 from orthoft.linalg import orthonormal_rows
+from orthoft.recipes.eigen import leading_eigenvectors
 
 RIDGE = 1e-2  # of the mean eigenvalue of the others' covariance
 DEPENDENT = 1e-6  # least eigenvalue of the Gram matrix of unit rows that still span what they seem to
@@ -65,10 +67,8 @@ def contrastive(own: Tensor, others: Tensor, r: int, ridge: float = RIDGE) -> Te
         raise ValueError("a contrast needs inputs that are not all zero, on both sides")
     M = others + ridge * others.trace() / n * torch.eye(n, dtype=others.dtype, device=others.device)
     L = torch.linalg.cholesky(M)
-    half = torch.linalg.solve_triangular(L, own, upper=False)  # L^-1 C
-    K = torch.linalg.solve_triangular(L, half.mT, upper=False)  # L^-1 C L^-T
-    top = torch.linalg.eigh((K + K.mT) / 2).eigenvectors[:, -r:].flip(1)  # (n, r), the largest first
-    Q = orthonormal_rows(_signed(torch.linalg.solve_triangular(L.mT, top, upper=True).mT))
+    top = leading_eigenvectors(lambda X: solve(L, own @ solve(L.mT, X, upper=True), upper=False), n, r, own)
+    Q = orthonormal_rows(_signed(solve(L.mT, top, upper=True).mT))
     return Q * (r / ((Q @ own) * Q).sum()).sqrt()
 
 
