@@ -60,7 +60,7 @@ class TrainToMerge(Strict):
     frozen: bool = True
     penalty: PositiveFloat | None = None
     rows: PositiveInt = 300
-    ridge: PositiveFloat = 1e-2
+    ridge: PositiveFloat = 0.1
     general: PathText | None = None
 
 
