@@ -156,9 +156,7 @@ class Search:
         kept = by_task(untouched, self.metrics, self.aim.objective)
         known = [task for task, number in kept.items() if number is not None]
         self.notes += [
-            f"{task} has no share of its own: its expert gains nothing on the tuning split"
-            for task in kept
-            if task not in known
+            f"{task} does not count: its expert gains nothing on the tuning split" for task in kept if task not in known
         ]
         self.notes += thin(
             self.scores, {r.task.name: len(r.data.tuning[: self.aim.rows]) for r in self.ready}, self.metrics

@@ -140,7 +140,7 @@ def value(scores: Scores, metrics: Metrics, objective: Objective) -> float:
         known = [one for one in by_task(scores, metrics, objective).values() if one is not None]
         mean = sum(known) / len(known)
     if mean is None:
-        raise ValueError("the experts do not beat the base on the tuning splits: no gain to keep, take 'score'")
+        raise ValueError("no expert beats the base on its tuning split, so there is no gain to keep: take 'score'")
     if not math.isfinite(mean):
         raise ValueError(f"the {objective} of this merge is {mean}")
     return mean

@@ -33,15 +33,18 @@ def gains(scores: Scores, metrics: Metrics, row: str = "merge") -> dict[str, flo
 def mean_gain(scores: Scores, metrics: Metrics, row: str) -> float | None:
     """Return ``sum_t (merged - base) / sum_t (expert - base)``, the share of the experts' whole gain that is kept.
 
-    Tasks of one metric are added up: one whose expert hardly gains would divide by noise alone. Of several metrics it
-    is the mean over those with a gain, weighted by their tasks; None without any.
+    Over the tasks t whose expert gains anything: those of one metric are added up, as one that hardly gains would
+    divide by noise alone; of several metrics it is the mean, weighted by their tasks. None without any.
     """
     known: list[float] = []
     for metric in dict.fromkeys(metrics.values()):
+        sign = -1 if metric in LOWER_IS_BETTER else 1
         tasks = [task for task in metrics if metrics[task] == metric]
-        base, expert, merged = (sum(scores[name or task][task][metric] for task in tasks) for name in ("base", "", row))
-        kept = gain_kept(base, expert, merged, metric not in LOWER_IS_BETTER)
-        known += [] if kept is None else [kept] * len(tasks)
+        told = [[sign * scores[name or task][task][metric] for name in ("base", "", row)] for task in tasks]
+        gaining = [(base, expert, merged) for base, expert, merged in told if expert > base]
+        if gaining:
+            base, expert, merged = (sum(column) for column in zip(*gaining, strict=True))
+            known += [(merged - base) / (expert - base)] * len(gaining)
     return sum(known) / len(known) if known else None
 
 

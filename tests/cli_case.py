@@ -66,6 +66,16 @@ def outcome(*arguments: str | Path) -> int:
     return end.value.code
 
 
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Return the one line that answers a call of the command line with bad input, which prints nothing else."""
+    assert outcome(*arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert len(said.err.splitlines()) == 1
+    return said.err
+
+
 def merging(models: Path, out: Path, *sources: str | Path, method: str = "mean") -> list[str]:
     named = [text for source in sources for text in ("--source", str(source))]
     return ["merge", "--base", str(models / "bert"), *named, "--method", method, "--output", str(out)]

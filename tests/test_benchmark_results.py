@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,14 +81,22 @@ def numbers(suite: Suite, row: str, folder: Path) -> dict[str, Any]:
     return known
 
 
+@pytest.fixture(scope="module")
+def whole(encoder: Suite, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which each row was measured, by one seed and without a stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    for row in encoder.rows:
+        measured(encoder, row, folder)
+    return folder
+
+
 class Stopped(Exception):
     """Stands for a power cut."""
 
 
 def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_numbers(
-    encoder: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoder: Suite, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured(encoder, "lora", tmp_path / "whole")
     put, left = Cells.put, [6]
 
     def stopping(self: Cells, value: Any, *place: str) -> None:
@@ -104,7 +113,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_numbers(
     assert "merges" not in first.get("seeds", {}).get("0", {})
     measured(encoder, "lora", tmp_path / "twice")
     assert _without_times(numbers(encoder, "lora", tmp_path / "twice")) == _without_times(
-        numbers(encoder, "lora", tmp_path / "whole")
+        numbers(encoder, "lora", whole)
     )
 
 
@@ -115,29 +124,23 @@ def _without_times(known: dict[str, Any]) -> dict[str, Any]:
     return known
 
 
-def test_what_is_measured_is_not_measured_again(
-    encoder: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measured(encoder, "apart", tmp_path)
-
+def test_what_is_measured_is_not_measured_again(encoder: Suite, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def again(*words: Any, **more: Any) -> None:
         raise AssertionError("measured again")
 
     for name in ("train", "score"):
         monkeypatch.setattr(Workshop, name, again)
-    measured(encoder, "apart", tmp_path)
+    measured(encoder, "apart", whole)
 
 
-def test_numbers_of_other_settings_are_not_mixed(encoder: Suite, tmp_path: Path) -> None:
-    measured(encoder, "apart", tmp_path)
+def test_numbers_of_other_settings_are_not_mixed(encoder: Suite, whole: Path) -> None:
     longer = replace(encoder, training={**encoder.training, "max_steps": 4})
     with pytest.raises(ValueError, match="was measured with other training: move it away"):
-        measured(longer, "apart", tmp_path)
+        measured(longer, "apart", whole)
 
 
-def test_tables_of_a_suite(encoder: Suite, tmp_path: Path) -> None:
-    for row in encoder.rows:
-        measured(encoder, row, tmp_path)
+def test_tables_of_a_suite(encoder: Suite, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     measured(encoder, "apart", tmp_path, seed=1)
     found = report.Measured(encoder, tmp_path / "numbers")
     assert found.rows == ["lora", "apart"]
@@ -170,12 +173,11 @@ def test_a_sum_is_scored_under_heads_fitted_anew(encoder: Suite, tmp_path: Path)
     assert found.merges("apart")["task_arithmetic/auto"].refit == [pytest.approx(kept)]
 
 
-def test_figures(encoder: Suite, tmp_path: Path) -> None:
+def test_figures(encoder: Suite, whole: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from benchmarks.results.figures import draw
 
-    measured(encoder, "lora", tmp_path)
-    draw([report.Measured(encoder, tmp_path / "numbers")], tmp_path)
+    draw([report.Measured(encoder, whole / "numbers")], tmp_path)
     sizes = {path.name: path.stat().st_size for path in tmp_path.glob("*.png")}
     assert sizes.keys() == {"tiny-experts.png", "tiny-merges.png"}
     assert all(1_000 < size < 100_000 for size in sizes.values())

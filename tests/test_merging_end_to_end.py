@@ -86,7 +86,7 @@ def dense_deltas(base: Path, folders: list[Path]) -> dict[str, list[Tensor]]:
 def single_merge(base: Path, folder: Path) -> Path:
     out = folder.parent / f"{folder.name}-alone"
     if not out.exists():
-        merge(base, [folder], out, method="task_arithmetic", progress=False)
+        merge(base, [folder], out, method="task_arithmetic", progress=False, diagnostics=False)
     return out
 
 
@@ -102,7 +102,9 @@ def test_a_merged_checkpoint_equals_the_oracle(
     folders = made[kind]
     sources = [folders[source] for source in MIXTURES[mixture]]
     weights = [1.0, 0.5, 2.0][: len(sources)]
-    report = merge(folders["base"], sources, tmp_path / "out", method=name, weights=weights, progress=False)
+    report = merge(
+        folders["base"], sources, tmp_path / "out", method=name, weights=weights, progress=False, diagnostics=False
+    )
     deltas = dense_deltas(folders["base"], sources)
     model_oracle: Callable[..., dict[str, Tensor]] | None = getattr(reference, f"{name}_model", None)
     oracle = getattr(reference, name)

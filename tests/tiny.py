@@ -11,6 +11,13 @@ import torch
 from torch import Tensor, nn
 
 WORDS = [f"w{i}" for i in range(24)]
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "initializer_range": 0.3,
+}
 
 
 def save_tokenizer(folder: Path) -> int:
@@ -31,16 +38,11 @@ def save_tokenizer(folder: Path) -> int:
 def save_bert(folder: Path, initializer_range: float = 0.3, dropout: float = 0.1) -> None:
     from transformers import BertConfig, BertModel
 
-    vocabulary = save_tokenizer(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
+        **SIZES | {"initializer_range": initializer_range},
+        vocab_size=save_tokenizer(folder),
         max_position_embeddings=64,
-        initializer_range=initializer_range,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
     )
@@ -58,20 +60,15 @@ def without_dropout(folder: Path) -> None:
 def save_llama(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    vocabulary = save_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+        **SIZES,
+        vocab_size=save_tokenizer(folder),
         num_key_value_heads=2,
-        intermediate_size=64,
         max_position_embeddings=64,
         pad_token_id=0,
         eos_token_id=2,
         bos_token_id=None,
-        initializer_range=0.3,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
 
@@ -79,10 +76,9 @@ def save_llama(folder: Path) -> None:
 def save_t5(folder: Path) -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    vocabulary = save_tokenizer(folder)
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=vocabulary,
+        vocab_size=save_tokenizer(folder),
         d_model=32,
         d_kv=8,
         d_ff=64,
@@ -99,10 +95,9 @@ def save_t5(folder: Path) -> None:
 def save_bart(folder: Path) -> None:
     from transformers import BartConfig, BartForConditionalGeneration
 
-    vocabulary = save_tokenizer(folder)
     torch.manual_seed(0)
     config = BartConfig(
-        vocab_size=vocabulary,
+        vocab_size=save_tokenizer(folder),
         d_model=32,
         encoder_layers=2,
         decoder_layers=2,
@@ -127,16 +122,7 @@ def save_vit(folder: Path) -> None:
 
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
     torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        image_size=16,
-        patch_size=4,
-        initializer_range=0.3,
-    )
-    ViTModel(config).save_pretrained(folder)
+    ViTModel(ViTConfig(**SIZES, image_size=16, patch_size=4)).save_pretrained(folder)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
