@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from orthoft.merging.files.writer import write_text
 from orthoft.merging.reports.diagnostics import (
@@ -90,15 +92,13 @@ class Page:
 
     def html(self) -> str:
         """Return the page, which loads nothing from anywhere."""
-        from jinja2 import Environment, StrictUndefined
-
-        environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         table = self.table.known()
         left = len(table.lines) - MOST_LINES
         words = self.words + (f" {left} more weights are in the JSON beside this page." if left > 0 else "")
         lines = table.lines[:MOST_LINES]
-        page = environment.from_string(_template("report.html.j2"))
-        return page.render(page=self, headers=table.headers, words=words, lines=lines, style=_template("report.css"))
+        style = _template("report.css")
+        html: str = _compiled().render(page=self, headers=table.headers, words=words, lines=lines, style=style)
+        return html
 
     def save(self, file: str | Path) -> None:
         """Write the page to a file."""
@@ -112,6 +112,15 @@ class Page:
             f'<style>{_template("report.css")}</style><div class="orthoft"><h2>{escape(self.title)}</h2>'
             f'<table class="facts"><tbody>{facts}</tbody></table>{shown}</div>'
         )
+
+
+@cache
+def _compiled() -> Any:
+    """Return the template of the page: jinja2 takes longer to compile it than to fill it in."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_template("report.html.j2"))
 
 
 def _template(name: str) -> str:
