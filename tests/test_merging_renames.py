@@ -139,6 +139,13 @@ def test_names_of_a_model_that_is_stored_as_it_loads_stay(made: Path) -> None:
     assert all(loaded == stored for loaded, stored in names.items())
 
 
+def test_a_model_without_end_is_not_built(tmp_path: Path) -> None:
+    ViTModel(ViTConfig(**IMAGES)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}), encoding="utf-8")
+    assert stored_names(TensorFolder(tmp_path)) == {}
+
+
 @pytest.mark.parametrize("config", [None, "{}", '{"architectures": ["Nobody"]}', '{"architectures": ["ViTModel"]}'])
 def test_a_base_that_transformers_does_not_know_keeps_its_names(config: str | None, tmp_path: Path) -> None:
     save_file({"x.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 
 from orthoft.merging.files.tensors import TensorFolder, read_json
+
+LAYERS = re.compile(r"layers?$|blocks?$|depths?$")
 
 
 def stored_names(base: TensorFolder) -> dict[str, str]:
@@ -34,7 +37,7 @@ def _renamed(folder: Path, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    model = _without_weights(folder)
+    model = _without_weights(folder, len(names))
     if model is None:
         return
     steps = get_model_conversion_mapping(model)
@@ -47,15 +50,26 @@ def _renamed(folder: Path, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
             yield new, name
 
 
-def _without_weights(folder: Path) -> Any:
-    """Return the model of a folder on the meta device, None if its class is not one of transformers."""
+def _layers(config: Any, key: str = "") -> Iterator[int]:
+    """Give the numbers in a configuration whose names speak of layers."""
+    if isinstance(config, Mapping | list):
+        items = config.items() if isinstance(config, Mapping) else [(key, one) for one in config]
+        for name, inner in items:
+            yield from _layers(inner, name)
+    elif isinstance(config, int) and LAYERS.search(key):
+        yield config
+
+
+def _without_weights(folder: Path, tensors: int) -> Any:
+    """Return the model of a folder on the meta device, None if its class is not one of transformers.
+
+    None also for one with more layers than the files have tensors: it is not theirs, and may take for ever to build.
+    """
     import transformers
 
-    if not (folder / "config.json").is_file():
-        return None
-    architectures = read_json(folder / "config.json").get("architectures") or [""]
-    model_class = getattr(transformers, str(architectures[0]), None)
-    if model_class is None:
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    model_class = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
+    if model_class is None or max(_layers(config), default=0) > tensors:
         return None
     with torch.device("meta"):
         return model_class(transformers.AutoConfig.from_pretrained(str(folder)))
