@@ -48,6 +48,8 @@ def run(
     checked = load(recipe, overrides)
     if tasks is not None and until != "finetune":
         raise ValueError('a choice of tasks goes with until="finetune": a merge needs all of them')
+    if keep_experts and until == "finetune":
+        raise ValueError('finished experts are kept with until="finetune" anyway: leave keep_experts out')
     if overwrite and keep_experts:
         raise ValueError("overwrite starts again from nothing, keep_experts does not: give one of them")
     again: Again = "overwrite" if overwrite else "keep experts" if keep_experts else "no"

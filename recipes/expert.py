@@ -21,6 +21,8 @@ from orthoft.recipes.schema import Recipe
 from orthoft.recipes.task_schema import ImageClassification, Task
 
 FINISHED = "expert.json"
+STATISTICS = "statistics"  # of the experts, beside them
+PROBES, PROBE = 64, 2**16  # places in a file of weights that are looked at, and the bytes of each
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,8 @@ def head_file(expert: Path) -> Path:
 
 
 def fingerprint(recipe: Recipe, task: Task, base: Path) -> str:
-    """Return a hash of all that an expert depends on: its task, what files and pictures hold, base, dtype and seed."""
-    weights = sorted((f.name, f.stat().st_size) for f in base.glob("*.safetensors"))
-    words: list[Any] = [_trains(task), _digests(task), recipe.base, weights, recipe.dtype, recipe.seed]
+    """Return a hash of all that an expert depends on: task, its files and pictures, the base's files, dtype, seed."""
+    words: list[Any] = [_trains(task), _digests(task), recipe.base, _samples(base), recipe.dtype, recipe.seed]
     if recipe.quantization is not None:
         words.append(recipe.quantization.model_dump(mode="json"))
     if (chosen := recipe.train_to_merge) is not None:  # from the data of all tasks
@@ -58,6 +59,19 @@ def fingerprint(recipe: Recipe, task: Task, base: Path) -> str:
         others = [[_trains(other), _digests(other)] for other in recipe.tasks]
         words += [chosen.model_dump(mode="json"), general, others]
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
+
+
+def _samples(base: Path) -> list[list[Any]]:
+    """Return name, size and a hash of samples of each file of a model: all of a small file, 4 MB of one of weights."""
+    told = []
+    for file in sorted(f for f in base.iterdir() if f.suffix in (".safetensors", ".json", ".txt", ".model", ".jinja")):
+        size, found = file.stat().st_size, hashlib.sha256()
+        with file.open("rb") as stream:
+            for place in range(PROBES):
+                stream.seek(place * max(PROBE, (size - PROBE) // (PROBES - 1)))
+                found.update(stream.read(PROBE))
+        told.append([file.name, size, found.hexdigest()])
+    return told
 
 
 def _trains(task: Task) -> dict[str, Any]:
@@ -76,7 +90,8 @@ def _pictures(file: Path, task: Task) -> list[Path]:
     """Return the pictures that the rows of a file name, without those that are not there: reading the rows says so."""
     if not isinstance(task, ImageClassification):
         return []
-    names = [row.get(task.data.image) for row in read_file(file)]
+    cells = [row.get(task.data.image) for row in read_file(file)]
+    names = [cell.get("path") if isinstance(cell, dict) else cell for cell in cells]
     return [picture for name in names if isinstance(name, str) and (picture := file.parent / name).is_file()]
 
 
@@ -89,6 +104,13 @@ def finished(folder: Path, mark: str) -> dict[str, Any] | None:
     file = folder / FINISHED
     told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return told if told.get("fingerprint") == mark else None
+
+
+def forget(folder: Path) -> None:
+    """Make an expert that is to be trained again unfinished, before its head changes; what was measured of it goes."""
+    (folder / FINISHED).unlink(missing_ok=True)
+    for file in (folder.parents[1] / STATISTICS).glob(f"{folder.name}-*.safetensors"):
+        file.unlink()
 
 
 def save(model: peft.PeftModel, folder: Path, told: dict[str, Any]) -> None:

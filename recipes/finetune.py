@@ -40,7 +40,9 @@ def training_arguments(recipe: Recipe, task: Task, folder: Path) -> TrainingArgu
         ValueError: words that the Trainer would not follow here.
     """
     words, steps = task.training, task.training.get("max_steps", -1)
-    if with_deepspeed() and ("save_steps" in words or words.get("save_strategy", "no") != "no"):
+    if (with_deepspeed() or words.get("deepspeed")) and (
+        "save_steps" in words or words.get("save_strategy", "no") != "no"
+    ):
         raise ValueError(
             "DeepSpeed's checkpoints are pickles, which are never read: leave save_strategy and save_steps out"
         )

@@ -17,7 +17,7 @@ from torch import nn
 from orthoft.errors import unknown
 from orthoft.merging.files.hub import find_folder
 from orthoft.merging.statistics import KINDS, STATISTICS_OF
-from orthoft.recipes.expert import Ready
+from orthoft.recipes.expert import STATISTICS, Ready
 from orthoft.recipes.kinds.kind import Batch, on_device
 from orthoft.recipes.load import load
 from orthoft.recipes.models import load_model
@@ -27,7 +27,6 @@ from orthoft.recipes.search_setup import read_experts
 from orthoft.recipes.statistics import collect, from_optimizer
 
 Statistic = Literal["fisher", "gram", "second_moment"]
-FOLDER = "statistics"
 METHOD: dict[str, str] = {"fisher": "fisher", "gram": "regmean", "second_moment": "ota"}  # unless the recipe's takes it
 
 
@@ -71,7 +70,7 @@ def measure(
     for name in tasks or ():
         if name not in names:
             raise unknown("task", name, names)
-    folder = Path(checked.output, FOLDER) if out is None else Path(out).expanduser()
+    folder = Path(checked.output, STATISTICS) if out is None else Path(out).expanduser()
     files = {name: folder / f"{name}-{kind}.safetensors" for name in names if tasks is None or name in tasks}
     if taken := [str(file) for file in files.values() if file.exists() and not overwrite]:
         raise FileExistsError(f"statistics exist: {', '.join(taken)}: give --overwrite, or choose another folder")

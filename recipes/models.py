@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def load_model(
 ) -> Any:
     """Return the transformers model of a folder, on a device, this process's own unless given."""
     auto, device = auto_class(kind), device or PartialState().device
+    load = partial(auto.from_pretrained, str(folder), dtype=dtype or "auto", trust_remote_code=False)
     if quantization is None:
-        return auto.from_pretrained(str(folder), dtype=dtype or "auto").to(device)
+        return load().to(device)
     words = transformers.BitsAndBytesConfig(**quantization.model_dump(exclude_unset=True))
-    return auto.from_pretrained(str(folder), dtype=dtype or "auto", quantization_config=words, device_map={"": device})
+    return load(quantization_config=words, device_map={"": device})

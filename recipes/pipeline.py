@@ -24,7 +24,7 @@ from orthoft.merging.files.hub import find_folder
 from orthoft.recipes.cards import write_cards
 from orthoft.recipes.data import SPLITS
 from orthoft.recipes.devices import merge_device, roomy
-from orthoft.recipes.expert import Ready, fingerprint, finished, head_file
+from orthoft.recipes.expert import Ready, fingerprint, finished, forget, head_file
 from orthoft.recipes.export_check import export_check
 from orthoft.recipes.finetune import train
 from orthoft.recipes.harness import run_harness
@@ -117,6 +117,8 @@ class Run:
             self.say(f"{task.name}: {sizes}, {ready.kind.about(data)}")
             lost = getattr(task, "head", None) == "trained" and not head_file(folder).is_file()
             known = None if lost else finished(folder, ready.mark)
+            if known is None and PartialState().is_main_process:
+                forget(folder)
             ready = self.ready[i] = self._with_head(ready, fit=known is None) if data.classes else ready
             if known is None:
                 with self.timed("finetune"):

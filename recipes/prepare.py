@@ -16,6 +16,7 @@ import yaml
 from orthoft.merging import READERS
 from orthoft.merging.wish import Wish, wish_for
 from orthoft.recipes.devices import check_device, check_launch
+from orthoft.recipes.expert import STATISTICS
 from orthoft.recipes.finetune import training_arguments
 from orthoft.recipes.load import RecipeError
 from orthoft.recipes.models import adapter_config
@@ -23,7 +24,7 @@ from orthoft.recipes.schema import Again, Merge, Recipe
 
 RESULTS, RECIPE = "results.json", "recipe.yaml"
 MADE_OF_EXPERTS = ("merged", "merged-lora", RESULTS)
-OURS = ("experts", "heads", "subspaces", "search", "statistics", *MADE_OF_EXPERTS, RECIPE)
+OURS = ("experts", "heads", "subspaces", "search", STATISTICS, *MADE_OF_EXPERTS, RECIPE)
 
 
 def check(recipe: Recipe) -> None:
@@ -82,8 +83,8 @@ def open_output(recipe: Recipe, out: Path, again: Again) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif (out / RESULTS).is_file():
         raise FileExistsError(
-            f"{out} holds a finished run: give --keep-experts to merge anew, --overwrite to train again, or choose "
-            "another output"
+            f"{out} holds a finished run: `orthoft run` with --keep-experts merges anew, --overwrite trains again; "
+            "or choose another output"
         )
     elif (out / RECIPE).is_file():
         before = yaml.safe_load((out / RECIPE).read_text(encoding="utf-8"))

@@ -51,7 +51,7 @@ def adapter_ranks(task: Task, base: Path, to_merge: bool) -> Ranks:
     """
     config = adapter_config(task.adapter, task.kind)
     with torch.device("meta"):
-        model: Any = auto_class(task.kind).from_config(AutoConfig.from_pretrained(str(base)))
+        model: Any = auto_class(task.kind).from_config(AutoConfig.from_pretrained(str(base), trust_remote_code=False))
         try:
             model = peft.get_peft_model(model, config)
         except NotImplementedError:  # an adapter that starts from the weights' values: it cannot be built without them

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    BertConfig,
+    BertModel,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     LlavaConfig,
@@ -29,6 +33,7 @@ from orthoft.merging.sources.renames import stored_names
 from orthoft.recipes.live_merge import LiveMerge
 from orthoft.recipes.statistics import collect
 
+Words = dict[str, Any]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 TEXT = {**SIZES, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 60}
 IMAGES = {**SIZES, "image_size": 16, "patch_size": 8}
@@ -137,6 +142,53 @@ def test_names_of_a_model_that_is_stored_as_it_loads_stay(made: Path) -> None:
     names = stored_names(TensorFolder(made / "same"))
     assert names
     assert all(loaded == stored for loaded, stored in names.items())
+
+
+CODE = "from pathlib import Path\n\nPath({!r}).touch()\n"
+
+
+@pytest.mark.parametrize("words", [{"model_type": "mine"}, {"architectures": ["TrainingArguments"]}])
+def test_code_of_a_model_is_never_run(words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*question: object) -> str:
+        raise AssertionError(f"asked {question}")
+
+    monkeypatch.setattr("builtins.input", asked)
+    base = tmp_path / "base"
+    ViTModel(ViTConfig(**IMAGES)).save_pretrained(base)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8")) | {"auto_map": {"AutoConfig": "own.C"}}
+    (base / "config.json").write_text(json.dumps(config | words), encoding="utf-8")
+    (base / "own.py").write_text(CODE.format(str(tmp_path / "ran")), encoding="utf-8")
+    stored_names(TensorFolder(base))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_configuration_that_appears_later_is_read(tmp_path: Path) -> None:
+    ViTModel(ViTConfig(**IMAGES)).save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_bytes()
+    (tmp_path / "config.json").unlink()
+    assert stored_names(TensorFolder(tmp_path)) == {}
+    (tmp_path / "config.json").write_bytes(config)
+    assert len(stored_names(TensorFolder(tmp_path))) > 30
+
+
+def test_what_is_saved_beside_an_adapter_is_renamed_as_well(tmp_path: Path) -> None:
+    sizes = {"intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 30}
+    model = BertModel(BertConfig(hidden_size=32, **sizes))
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    tensors = {re.sub("LayerNorm.*", lambda m: old[m[0]], name): value for name, value in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], modules_to_save=["LayerNorm"]))
+    randomised(tuned, "lora_")
+    randomised(tuned, "LayerNorm.modules_to_save", seed=1)
+    tuned.save_pretrained(tmp_path / "a")
+    report = merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "out", method="task_arithmetic")
+    assert not report.not_carried
+    wanted = tuned.merge_and_unload().state_dict()
+    found = BertModel.from_pretrained(tmp_path / "out").state_dict()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value)
 
 
 def test_a_model_without_end_is_not_built(tmp_path: Path) -> None:

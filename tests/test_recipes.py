@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,12 +15,14 @@ import peft
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny import label_task, save_bert, save_llama, text_task, write_rows
 from transformers import TrainingArguments
 
 import orthoft
 from orthoft.merging import plan
 from orthoft.recipes import RecipeError, load, run
+from orthoft.recipes.expert import fingerprint
 from orthoft.recipes.export_check import export_check
 from orthoft.recipes.finetune import OrthoTrainer
 from orthoft.recipes.head import Head, fit_probe, pooled
@@ -451,7 +454,9 @@ def test_the_rehearsal_knows_what_the_merge_finds_on_disk(told: tuple[Words, Pat
 def test_a_finished_run_is_not_touched(told: tuple[Words, Path, list[str]], models: Path) -> None:
     _, out, _ = told
     before = (out / "results.json").stat().st_mtime_ns
-    with pytest.raises(FileExistsError, match="holds a finished run: give --keep-experts to merge anew, --overwrite"):
+    with pytest.raises(
+        FileExistsError, match="holds a finished run: `orthoft run` with --keep-experts merges anew, --overwrite"
+    ):
         run(classification(models, out))
     assert (out / "results.json").stat().st_mtime_ns == before
 
@@ -494,6 +499,44 @@ def test_a_finished_run_merges_anew_and_trains_what_changed(models: Path, tmp_pa
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == again
     with pytest.raises(ValueError, match="give one of them"):
         run(words, keep_experts=True, overwrite=True)
+
+
+def test_an_expert_whose_training_was_begun_anew_is_not_the_old_one(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head changes first: without its expert it must not pass for the head of the expert before."""
+    out = tmp_path / "out"
+    words = classification(models, out, max_steps=2)
+    run(words)
+    (out / "statistics").mkdir()
+    for name in ("a-gram", "b-gram"):
+        (out / "statistics" / f"{name}.safetensors").touch()
+    changed = classification(models, out, max_steps=2)
+    changed["tasks"][0]["max_length"] = 3
+
+    def stopped(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr("orthoft.recipes.pipeline.train", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(changed, keep_experts=True)
+    lines = list[str]()
+    run(words, keep_experts=True, say=lines.append)
+    assert [line for line in lines if "reused" in line] == [f"  reused {out / 'experts' / 'b'}"]
+    assert [file.name for file in (out / "statistics").iterdir()] == ["b-gram.safetensors"]
+
+
+def test_another_base_under_the_same_name_trains_the_experts_again(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "bert", tmp_path / "bert")
+    words = classification(models, tmp_path / "out", max_steps=2) | {"base": str(tmp_path / "bert")}
+    recipe = load(words)
+    before = [fingerprint(recipe, task, tmp_path / "bert") for task in recipe.tasks]
+    assert before == [fingerprint(recipe, task, tmp_path / "bert") for task in recipe.tasks]
+    file = tmp_path / "bert" / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    after = [fingerprint(recipe, task, tmp_path / "bert") for task in recipe.tasks]
+    assert not set(before) & set(after)
 
 
 def test_an_unfinished_run_of_another_recipe_is_refused(models: Path, tmp_path: Path) -> None:

@@ -326,11 +326,14 @@ def test_words_that_would_do_nothing_are_refused(training: Words, line: str, mod
         run(language(models, tmp_path / "out", **training) | {"device": "cpu"})
 
 
-@pytest.mark.parametrize("training", [{"save_steps": 2}, {"save_strategy": "epoch"}])
+@pytest.mark.parametrize(
+    "training", [{"save_steps": 2}, {"save_strategy": "epoch"}, {"save_steps": 2, "deepspeed": "zero.json"}]
+)
 def test_checkpoints_of_deepspeed_are_refused(
     training: Words, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    if "deepspeed" not in training:
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(RecipeError, match="DeepSpeed's checkpoints are pickles"):
         run(language(models, tmp_path / "out", **training))
 

@@ -73,7 +73,7 @@ class AdapterSource(Source):
                 return extents[own].fits(base.shape(theirs))
             return own not in saved or file.tensors.shape(saved[own]) == base.shape(theirs)
 
-        self._naming = match_names(list(extents) or [*saved, *file.tokens], base, fits)
+        self._naming = match_names([*extents, *saved, *file.tokens], base, fits)
         self._drop_tied(extents, base)
         checked = {self._check(own, extent, base): extent for own, extent in extents.items()}
         self.inputs_first = {theirs: self._inputs_first(theirs, extent, base) for theirs, extent in checked.items()}

@@ -22,11 +22,13 @@ def stored_names(base: TensorFolder) -> dict[str, str]:
     loading fuses or splits (the experts of a mixture) is left out. Empty if transformers has no such model, or has it
     with code of its own: that is never run.
     """
-    return dict(_stored_names(base.folder.resolve(), tuple(base)))
+    config = base.folder / "config.json"
+    return dict(_stored_names(base.folder.resolve(), tuple(base), config.read_bytes() if config.is_file() else b""))
 
 
 @lru_cache(maxsize=8)
-def _stored_names(folder: Path, names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+def _stored_names(folder: Path, names: tuple[str, ...], config: bytes) -> tuple[tuple[str, str], ...]:
+    """Return the pairs of `stored_names`; the bytes of ``config.json`` tell the cache when it changed."""
     try:
         return tuple(_renamed(folder, names))
     except Exception:  # whatever a strange configuration does to transformers: the names stay as they are stored
@@ -68,8 +70,11 @@ def _without_weights(folder: Path, tensors: int) -> Any:
     import transformers
 
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    model_class = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
-    if model_class is None or max(_layers(config), default=0) > tensors:
+    model_class: Any = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
+    shipped = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+    if not shipped or max(_layers(config), default=0) > tensors:
         return None
     with torch.device("meta"):
-        return model_class(transformers.AutoConfig.from_pretrained(str(folder)))
+        return model_class(
+            model_class.config_class.from_pretrained(str(folder))
+        )  # no Auto class: it would ask for code

@@ -30,7 +30,7 @@ def search(
     space: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Try this one only; may be repeated.")] = None,
     rows: Annotated[int | None, typer.Option(help="Rows of each tuning split; all unless given.")] = None,
     objective: Annotated[
-        Objective, typer.Option(help="The mean gain kept, the mean score, or the mean negative loss.")
+        Objective, typer.Option(help="The share of the experts' gain that is kept, the mean score, or negative loss.")
     ] = Objective.gain,
     pareto: Annotated[
         bool, typer.Option("--pareto", help="Look for the front between tasks, not the best mean.")

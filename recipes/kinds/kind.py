@@ -57,7 +57,7 @@ class Kind(ABC, Generic[T]):
             ValueError: the base has none.
         """
         try:
-            return getattr(transformers, self.reader).from_pretrained(str(base))
+            return getattr(transformers, self.reader).from_pretrained(str(base), trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
             first = str(error).strip().splitlines()[0]
             raise ValueError(f"{self.task.name}: {base} has nothing for {self.reader} to read ({first})") from None
