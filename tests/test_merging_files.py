@@ -131,4 +131,5 @@ def test_merging_reads_files_by_itself() -> None:
         "orthoft.sparse",
     }
     others = {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names)
-    assert others == {"orthoft", "torch", "safetensors", "huggingface_hub", "tqdm", "jinja2", "yaml"}
+    by_name = {"transformers"}  # asked for names, inside a function of sources/renames.py: see test_house
+    assert others - by_name == {"orthoft", "torch", "safetensors", "huggingface_hub", "tqdm", "jinja2", "yaml"}
