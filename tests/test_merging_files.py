@@ -109,7 +109,7 @@ def test_a_link_to_a_shard_is_followed(tmp_path: Path) -> None:
 
 
 def test_merging_reads_files_by_itself() -> None:
-    """No peft, no transformers, none of our own code that needs them."""
+    """No peft, transformers for names alone, none of our own code that needs them."""
     folder = Path(orthoft.merging.__file__).parent
     imported = set()
     for file in folder.rglob("*.py"):
