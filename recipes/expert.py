@@ -14,6 +14,7 @@ from accelerate import PartialState
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from orthoft.merging.statistics import KINDS
 from orthoft.recipes.data import read_file
 from orthoft.recipes.head import Head
 from orthoft.recipes.kinds import Kind, TaskData
@@ -106,11 +107,16 @@ def finished(folder: Path, mark: str) -> dict[str, Any] | None:
     return told if told.get("fingerprint") == mark else None
 
 
+def statistics_of(folder: Path, name: str, kind: str) -> Path:
+    """Return the file in a folder of statistics of an expert."""
+    return folder / f"{name}-{kind}.safetensors"
+
+
 def forget(folder: Path) -> None:
     """Make an expert that is to be trained again unfinished, before its head changes; what was measured of it goes."""
     (folder / FINISHED).unlink(missing_ok=True)
-    for file in (folder.parents[1] / STATISTICS).glob(f"{folder.name}-*.safetensors"):
-        file.unlink()
+    for kind in KINDS:
+        statistics_of(folder.parents[1] / STATISTICS, folder.name, kind).unlink(missing_ok=True)
 
 
 def save(model: peft.PeftModel, folder: Path, told: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from orthoft.errors import unknown
 from orthoft.merging.files.hub import find_folder
 from orthoft.merging.statistics import KINDS, STATISTICS_OF
-from orthoft.recipes.expert import STATISTICS, Ready
+from orthoft.recipes.expert import STATISTICS, Ready, statistics_of
 from orthoft.recipes.kinds.kind import Batch, on_device
 from orthoft.recipes.load import load
 from orthoft.recipes.models import load_model
@@ -71,7 +71,7 @@ def measure(
         if name not in names:
             raise unknown("task", name, names)
     folder = Path(checked.output, STATISTICS) if out is None else Path(out).expanduser()
-    files = {name: folder / f"{name}-{kind}.safetensors" for name in names if tasks is None or name in tasks}
+    files = {name: statistics_of(folder, name, kind) for name in names if tasks is None or name in tasks}
     if taken := [str(file) for file in files.values() if file.exists() and not overwrite]:
         raise FileExistsError(f"statistics exist: {', '.join(taken)}: give --overwrite, or choose another folder")
     with quiet():

@@ -75,7 +75,10 @@ def misnamed(base: Path, ranks: Mapping[str, Ranks]) -> list[str]:
     """Return a line if none of the adapted weights has a name in the base's files that a merge could find."""
     wanted = [f"{module}.weight" for module in dict.fromkeys(chain.from_iterable(ranks.values()))]
     stored = TensorFolder(base)
-    naming = match_names(wanted, stored, lambda own, theirs: True)
+    try:
+        naming = match_names(wanted, stored, lambda own, theirs: True)
+    except ValueError:  # ambiguous without shapes: the merge has them, and decides
+        return []
     if not wanted or any(naming.to_base(name) in stored for name in wanted):
         return []
     return [

@@ -509,7 +509,7 @@ def test_an_expert_whose_training_was_begun_anew_is_not_the_old_one(
     words = classification(models, out, max_steps=2)
     run(words)
     (out / "statistics").mkdir()
-    for name in ("a-gram", "b-gram"):
+    for name in ("a-gram", "a-b-gram", "b-gram"):  # one of a task that is called a-b
         (out / "statistics" / f"{name}.safetensors").touch()
     changed = classification(models, out, max_steps=2)
     changed["tasks"][0]["max_length"] = 3
@@ -524,7 +524,7 @@ def test_an_expert_whose_training_was_begun_anew_is_not_the_old_one(
     lines = list[str]()
     run(words, keep_experts=True, say=lines.append)
     assert [line for line in lines if "reused" in line] == [f"  reused {out / 'experts' / 'b'}"]
-    assert [file.name for file in (out / "statistics").iterdir()] == ["b-gram.safetensors"]
+    assert {file.stem for file in (out / "statistics").iterdir()} == {"a-b-gram", "b-gram"}
 
 
 def test_another_base_under_the_same_name_trains_the_experts_again(models: Path, tmp_path: Path) -> None:

@@ -74,7 +74,5 @@ def _without_weights(folder: Path, tensors: int) -> Any:
     shipped = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     if not shipped or max(_layers(config), default=0) > tensors:
         return None
-    with torch.device("meta"):
-        return model_class(
-            model_class.config_class.from_pretrained(str(folder))
-        )  # no Auto class: it would ask for code
+    with torch.device("meta"):  # by the class's own configuration: an Auto class would ask whether to run code
+        return model_class(model_class.config_class.from_pretrained(str(folder)))
