@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import DistributedType
-from transformers import TrainingArguments
+from transformers import AutoConfig, TrainingArguments
+
+from orthoft.recipes.cpu import computes_in
+from orthoft.recipes.schema import Recipe
 
 
 def available() -> list[str]:
@@ -50,6 +54,18 @@ def check_launch() -> None:
 def on_cpu(name: str | None) -> bool:
     """Say whether a recipe computes on the CPU: by its word, or because there is nothing else."""
     return name == "cpu" or not torch.accelerator.is_available()
+
+
+def slow_type(recipe: Recipe, base: Path) -> str | None:
+    """Return a hint if a recipe is to compute in a type that this CPU has no instructions for."""
+    if recipe.quantization is not None or not on_cpu(recipe.device):
+        return None
+    words = recipe.dtype or AutoConfig.from_pretrained(str(base), trust_remote_code=False).dtype
+    dtype = getattr(torch, words) if isinstance(words, str) else words
+    if dtype is None or computes_in(dtype):
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return f"{name} is slow on this CPU, which has no instructions for it: `dtype: float32` is several times faster"
 
 
 def in_parts() -> bool:

@@ -153,9 +153,11 @@ def _devices() -> tuple[list[dict[str, Any]], list[str]]:
         import torch
     except (ImportError, OSError) as error:
         broken = [] if _version("torch") is None else [f"torch cannot be imported: {' '.join(str(error).split())}"]
-        return [_cpu(None, [])], broken
-    instructions = torch.backends.cpu.get_cpu_capability()
-    devices = [_cpu(torch.get_num_threads(), [] if instructions == "DEFAULT" else [instructions])]
+        return [_cpu(None, [], True)], broken
+    from orthoft.recipes.cpu import computes_in
+
+    instructions, fast = torch.backends.cpu.get_cpu_capability(), computes_in(torch.bfloat16)
+    devices = [_cpu(torch.get_num_threads(), [] if instructions == "DEFAULT" else [instructions], fast)]
     for i in range(torch.cuda.device_count()):
         told = torch.cuda.get_device_properties(i)
         with torch.cuda.device(i):
@@ -167,7 +169,7 @@ def _devices() -> tuple[list[dict[str, Any]], list[str]]:
     return devices, []
 
 
-def _cpu(threads: int | None, words: Sequence[str]) -> dict[str, Any]:
+def _cpu(threads: int | None, words: Sequence[str], fast: bool) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     pages = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if pages else None
@@ -175,7 +177,7 @@ def _cpu(threads: int | None, words: Sequence[str]) -> dict[str, Any]:
     said += ([] if memory is None else [f"{memory / GIGABYTE:.1f} GB"]) + list(words)
     return {
         "name": "cpu",
-        "says": _listed(said, True),
+        "says": _listed(said, True) + ("" if fast else " (slow: imitated)"),
         "bytes": memory,
         "bf16": True,
         "cores": cores,

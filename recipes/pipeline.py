@@ -23,7 +23,7 @@ from orthoft.merging import MergeReport, merge
 from orthoft.merging.files.hub import find_folder
 from orthoft.recipes.cards import write_cards
 from orthoft.recipes.data import SPLITS
-from orthoft.recipes.devices import merge_device, roomy
+from orthoft.recipes.devices import merge_device, roomy, slow_type
 from orthoft.recipes.expert import Ready, fingerprint, finished, forget, head_file
 from orthoft.recipes.export_check import export_check
 from orthoft.recipes.finetune import train
@@ -110,6 +110,8 @@ class Run:
 
     def finetune(self) -> None:
         """Train one expert after the other, or take up a finished one."""
+        if (hint := slow_type(self.recipe, self.base)) is not None:
+            self.say(hint)
         self.choose_subspaces()
         for i, ready in enumerate(self.ready):
             task, data, folder = ready.task, ready.data, self.expert(ready.task.name)

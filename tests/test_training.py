@@ -355,6 +355,17 @@ def test_a_launch_that_leaves_no_whole_weights_is_refused(
         run(language(models, tmp_path / "out"))
 
 
+def test_a_type_that_the_cpu_imitates_is_told(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orthoft.recipes.devices.computes_in", lambda dtype: dtype != torch.bfloat16)
+    said: list[str] = []
+    run(
+        language(models, tmp_path / "out", max_steps=1) | {"dtype": "bfloat16", "device": "cpu"},
+        until="finetune",
+        say=said.append,
+    )
+    assert said[0].startswith("bfloat16 is slow on this CPU")
+
+
 def test_a_loss_that_is_no_number_is_one_line(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         return torch.tensor(float("nan"))

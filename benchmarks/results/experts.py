@@ -79,11 +79,11 @@ class Workshop:
         return self.fresh_base()
 
     def fresh_base(self) -> Any:
-        return load_model(self.suite.kind, self.suite.base, None).to(self.device or PartialState().device)
+        return load_model(self.suite.kind, self.suite.base, self.suite.dtype).to(self.device or PartialState().device)
 
     def score(self, model: nn.Module, name: str, split: str, limit: int | None = None) -> dict[str, float]:
         ready = self.ready(name)
-        examples = getattr(ready.data, split)[:limit]
+        examples = getattr(ready.data, split)[: self.suite.test_rows if split == "test" else limit]
         with torch.inference_mode():
             found = ready.kind.score(model, ready.head, examples, self.suite.batch, name)
         return {key: round(value, 5) for key, value in found.items()}
