@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,13 @@ def _pictures(file: Path, task: Task) -> list[Path]:
 
 
 def _digest(file: str | Path) -> str:
+    told = Path(file).stat()
+    return _hashed(str(file), told.st_size, told.st_mtime_ns)
+
+
+@cache
+def _hashed(file: str, size: int, changed: int) -> str:
+    """Return a file's hash; every task that is kept apart asks for those of all, so that a file is read once."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 

@@ -68,11 +68,16 @@ def test_a_picture_is_turned_upright_and_a_cut_one_refused(laid_out: Callable[[C
         kind.examples([{"image": file.getvalue()[:60], "label": "disc"}], ["cross", "disc"], "test")
 
 
-def test_an_expert_depends_on_what_its_pictures_show(laid_out: Callable[[Case], Path], tmp_path: Path) -> None:
+def test_an_expert_depends_on_what_its_pictures_show(
+    laid_out: Callable[[Case], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(laid_out(CASES[2]), tmp_path / "data")
     recipe = load(CASES[2].recipe(tmp_path / "data", tmp_path / "out"))
-    task, base = recipe.tasks[0], Path(recipe.base)
+    task, base, read, really = recipe.tasks[0], Path(recipe.base), list[Path](), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda file: (read.append(file), really(file))[1])
     before = fingerprint(recipe, task, base)
+    assert fingerprint(recipe, task, base) == before
+    assert len(read) == len(set(read)) > 16  # all pictures, once each
     Image.new("RGB", (16, 16), "red").save(tmp_path / "data" / "a" / "train0.png")
     after = fingerprint(recipe, task, base)
     (tmp_path / "data" / "a" / "train0.png").unlink()
