@@ -35,11 +35,15 @@ def _experts_and_sums(measured: Measured, path: Path) -> None:
     figure = Figure(figsize=(7, 0.4 * len(rows) + 1))
     axes = figure.subplots()
     for place, row in enumerate(rows):
-        values = measured.experts(row)
-        error = stdev(values) if len(values) > 1 else 0.0
-        axes.errorbar(mean(values), place, xerr=error, fmt="o", color="C0", label="experts" if not place else None)
-        if plain := measured.merges(row).get("task_arithmetic/auto"):
-            axes.plot(mean(plain.scores), place, "s", color="C1", label="their sum" if not place else None)
+        plain = measured.merges(row).get("task_arithmetic/auto")
+        points = {
+            "experts": ("o", "C0", measured.experts(row)),
+            "their sum": ("s", "C1", plain.scores if plain else []),
+        }
+        for label, (mark, color, values) in points.items():
+            if values:
+                error = stdev(values) if len(values) > 1 else 0.0
+                axes.errorbar(mean(values), place, xerr=error, fmt=mark, color=color, label=None if place else label)
     axes.axvline(mean(measured.base().values()), color="grey", linestyle=":", label="frozen base")
     axes.set_yticks(range(len(rows)), [measured.suite.rows[row].title for row in rows])
     axes.set_xlabel(f"mean {measured.metric} on test rows")
