@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from orthoft.recipes.data import Row
 from orthoft.recipes.head import Head
@@ -18,21 +17,18 @@ from orthoft.recipes.kinds.kind import (
     IGNORED,
     Batch,
     Example,
-    Kind,
-    Scores,
     TaskData,
     filled,
-    on_device,
     padded,
     padded_labels,
 )
 from orthoft.recipes.kinds.marked import Marked, as_example, has_labels, tokens_of
 from orthoft.recipes.kinds.packing import keeps_apart, packed, positions, unpacked
-from orthoft.recipes.kinds.writing import answer_scores, token_scores
+from orthoft.recipes.kinds.writing import Writing
 from orthoft.recipes.task_schema import CausalLM
 
 
-class CausalLanguageModel(Kind[CausalLM]):
+class CausalLanguageModel(Writing[CausalLM]):
     """Blocks of running text, or completions and chats with a loss on what is to be written.
 
     Completions and chats are packed for training alone: whoever asks for `batches` sees them one by one.
@@ -133,26 +129,13 @@ class CausalLanguageModel(Kind[CausalLM]):
             )
         return model
 
-    @torch.no_grad()
-    def score(self, model: Any, head: Head | None, examples: Sequence[Example], size: int, what: str) -> Scores:
-        """Return the mean loss per labelled token (nats), its exponential, and the scores of answers if wanted.
+    def predicted(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        labels = batch["labels"][:, 1:]  # (b, t - 1)
+        chosen = labels != IGNORED
+        return model(**self.inputs(model, batch)).logits[:, :-1][chosen], labels[chosen]
 
-        ``exact_match`` and ``f1`` are the means over the examples, see `orthoft.recipes.metrics`.
-        """
-        model.eval()
-        total, count = 0.0, 0
-        pairs: list[tuple[str, str]] = []
-        for chunk in self.chunks(examples, size, what):
-            batch = on_device(self.collate(chunk), model)
-            labels = batch.pop("labels")[:, 1:]  # (b, t - 1)
-            chosen = labels != IGNORED
-            logits = model(**batch).logits[:, :-1][chosen].float()  # (n, words)
-            total += F.cross_entropy(logits, labels[chosen], reduction="sum").item()
-            count += len(logits)
-            if self.task.generate:
-                asked = [example["input_ids"][: example["answer"]] for example in chunk]
-                pairs += zip(self.written(model, asked), (example["target"] for example in chunk), strict=True)
-        return token_scores(total, count) | answer_scores(pairs)
+    def answers(self, model: Any, examples: Sequence[Example], batch: Batch) -> list[str]:
+        return self.written(model, [example["input_ids"][: example["answer"]] for example in examples])
 
     def written(self, model: Any, prompts: Sequence[Sequence[int]]) -> list[str]:
         """Return the greedy continuation of prompts, filled on the left: the same model writes the same text."""
@@ -165,10 +148,6 @@ class CausalLanguageModel(Kind[CausalLM]):
         words = {"max_new_tokens": self.task.new_tokens, "do_sample": False, "num_beams": 1, "pad_token_id": pad}
         found = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), **words)
         return [str(text) for text in tokenizer.batch_decode(found[:, ids.shape[1] :], skip_special_tokens=True)]
-
-    @property
-    def prompt(self) -> str | None:
-        return self.task.prompt
 
     @torch.no_grad()
     def sample(self, model: Any) -> str | None:

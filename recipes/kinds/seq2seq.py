@@ -15,8 +15,6 @@ from orthoft.recipes.kinds.kind import (
     IGNORED,
     Batch,
     Example,
-    Kind,
-    Scores,
     TaskData,
     filled,
     label_loss,
@@ -24,11 +22,11 @@ from orthoft.recipes.kinds.kind import (
     padded,
     padded_labels,
 )
-from orthoft.recipes.kinds.writing import answer_scores, token_scores
+from orthoft.recipes.kinds.writing import Writing
 from orthoft.recipes.task_schema import Seq2Seq
 
 
-class SequenceToSequence(Kind[Seq2Seq]):
+class SequenceToSequence(Writing[Seq2Seq]):
     """An encoder reads the source, a decoder writes the target and the end-of-text token."""
 
     auto = Seq2Seq.auto
@@ -75,34 +73,18 @@ class SequenceToSequence(Kind[Seq2Seq]):
     def trained(self, model: nn.Module, head: Head | None) -> nn.Module:
         return Writer(model)
 
-    @torch.no_grad()
-    def score(self, model: Any, head: Head | None, examples: Sequence[Example], size: int, what: str) -> Scores:
-        """Return the mean loss per target token (nats), its exponential, and the scores of answers if they are wanted.
+    def predicted(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        chosen = batch["labels"] != IGNORED  # (b, u)
+        return model(**batch).logits[chosen], batch["labels"][chosen]
 
-        ``exact_match`` and ``f1`` are the means over the examples, see `orthoft.recipes.metrics`.
-        """
-        model.eval()
-        total, count = 0.0, 0
-        pairs: list[tuple[str, str]] = []
-        for chunk in self.chunks(examples, size, what):
-            batch = on_device(self.collate(chunk), model)
-            labels = batch["labels"]  # (b, u)
-            logits = model(**batch).logits.flatten(0, 1).float()
-            total += F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum").item()
-            count += int((labels != IGNORED).sum())
-            if self.task.generate:
-                pairs += zip(self.written(model, batch), (example["target"] for example in chunk), strict=True)
-        return token_scores(total, count) | answer_scores(pairs)
+    def answers(self, model: Any, examples: Sequence[Example], batch: Batch) -> list[str]:
+        return self.written(model, batch)
 
     def written(self, model: Any, batch: Batch) -> list[str]:
         """Return the greedy answer to each source: the same model writes the same text."""
         read = {key: batch[key] for key in ("input_ids", "attention_mask")}
         found = model.generate(**read, max_new_tokens=self.task.new_tokens, do_sample=False, num_beams=1)
         return [str(text) for text in self.processor.batch_decode(found, skip_special_tokens=True)]
-
-    @property
-    def prompt(self) -> str | None:
-        return self.task.prompt
 
     @torch.no_grad()
     def sample(self, model: nn.Module) -> str | None:
