@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from orthoft.recipes.data import read_file, require
 from orthoft.recipes.initialise import NEEDS_INPUTS, choose, covariances, weights_of
@@ -18,11 +20,18 @@ from orthoft.recipes.rehearse import adapter_ranks
 from orthoft.recipes.schema import Recipe, TrainToMerge
 from orthoft.recipes.subspaces import mean_of_others
 
+SHARE = 0.25  # of the free memory, for the covariances that are held at once
 
-def save_subspaces(recipe: Recipe, base: Path, folder: Path) -> None:
+
+def save_subspaces(recipe: Recipe, base: Path, folder: Path, room: int | None = None) -> None:
     """Write ``NAME.safetensors`` for each task: by the base's names of the weights, the rows that its adapter reads.
 
-    With a penalty, ``NAME.others.safetensors`` holds the roots of the other tasks' covariances.
+    With a penalty, ``NAME.others.safetensors`` holds the roots of the other tasks' covariances. The covariances of all
+    layers need not fit into memory: the rows go through the base once for each group of layers of which they do.
+
+    Args:
+        room: entries of one task's covariances that are held at once: what a quarter of the free memory has room for,
+            unless given. It changes nothing in the files.
 
     Raises:
         ValueError: ranks that do not fit side by side, or a layer whose inputs cannot be seen.
@@ -31,37 +40,79 @@ def save_subspaces(recipe: Recipe, base: Path, folder: Path) -> None:
     assert wanted is not None
     found = [adapter_ranks(task, base, to_merge=True) for task in recipe.tasks]
     ranks = [{f"{module}.weight": r for module, r in own.items() if r is not None} for own in found]
-    names = list(dict.fromkeys(name for own in ranks for name in own))
     model = load_model(recipe.tasks[0].kind, base, recipe.dtype)
-    kinds = [kind_of(task, base) for task in recipe.tasks]
+    weights = weights_of(model, dict.fromkeys(name for own in ranks for name in own))
+    chosen: list[dict[str, Tensor]] = [{} for _ in recipe.tasks]
+    roots: list[dict[str, Tensor]] = [{} for _ in recipe.tasks]
+    for names, inputs, general in _seen(recipe, base, model, weights, room):
+        if wanted.penalty is not None:
+            for place, own in enumerate(roots):
+                own |= _roots(inputs, place, general)
+        if wanted.method is not None:
+            rows = choose(
+                wanted.method,
+                ranks,
+                {name: weights[name] for name in names},
+                inputs,
+                general=general,
+                ridge=wanted.ridge,
+                seed=recipe.seed,
+                rotations=recipe.tasks[0].adapter.type == "psoft",
+            )
+            for own, more in zip(chosen, rows, strict=True):
+                own |= more
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, rows_of, roots_of in zip(recipe.tasks, chosen, roots, strict=True):
+        if wanted.penalty is not None:
+            save_file(roots_of, folder / f"{task.name}.others.safetensors")
+        if wanted.method is not None:
+            save_file(rows_of, folder / f"{task.name}.safetensors", {"method": wanted.method})
 
-    def seen(kind: Kind[Any], examples: Sequence[Example], what: str) -> dict[str, Tensor]:
-        batches = kind.batches(examples, recipe.evaluate.batch_size, f"{what} inputs")
+
+def _seen(
+    recipe: Recipe, base: Path, model: nn.Module, weights: Mapping[str, Tensor], room: int | None
+) -> Iterator[tuple[Sequence[str], list[dict[str, Tensor]], dict[str, Tensor] | None]]:
+    """Yield groups of weights, with the covariances of each task's inputs of them and of the general text's, if any."""
+    wanted = recipe.train_to_merge
+    assert wanted is not None
+    if wanted.method not in NEEDS_INPUTS and wanted.penalty is None:
+        yield list(weights), [], None
+        return
+    kinds = [kind_of(task, base) for task in recipe.tasks]
+    examples = [kind.data(recipe.seed).train[: wanted.rows] for kind in kinds]
+    general = None if wanted.general is None else kinds[0].texts(_texts(wanted.general, wanted.rows))
+    groups = _groups(weights, room or _room(len(kinds) + (general is not None), next(model.parameters()).device))
+
+    def seen(kind: Kind[Any], rows: Sequence[Example], what: str, names: Sequence[str]) -> dict[str, Tensor]:
+        batches = kind.batches(rows, recipe.evaluate.batch_size, what)
         return covariances(model, (kind.inputs(model, batch) for batch in batches), names)
 
-    inputs, general = [], None
-    if wanted.method in NEEDS_INPUTS or wanted.penalty is not None:
-        inputs = [seen(kind, kind.data(recipe.seed).train[: wanted.rows], kind.task.name) for kind in kinds]
-        if wanted.general is not None:
-            general = seen(kinds[0], kinds[0].texts(_texts(wanted.general, wanted.rows)), "general")
-    folder.mkdir(parents=True, exist_ok=True)
-    if wanted.penalty is not None:
-        for place, task in enumerate(recipe.tasks):
-            save_file(_roots(inputs, place, general), folder / f"{task.name}.others.safetensors")
-    if wanted.method is None:
-        return
-    chosen = choose(
-        wanted.method,
-        ranks,
-        weights_of(model, names),
-        inputs,
-        general=general,
-        ridge=wanted.ridge,
-        seed=recipe.seed,
-        rotations=recipe.tasks[0].adapter.type == "psoft",
-    )
-    for task, rows in zip(recipe.tasks, chosen, strict=True):
-        save_file(rows, folder / f"{task.name}.safetensors", {"method": wanted.method})
+    for place, names in enumerate(groups, 1):
+        what = "inputs" + (f", part {place} of {len(groups)}" if len(groups) > 1 else "")
+        own = [seen(kind, rows, f"{kind.task.name} {what}", names) for kind, rows in zip(kinds, examples, strict=True)]
+        yield names, own, None if general is None else seen(kinds[0], general, f"general {what}", names)
+
+
+def _groups(weights: Mapping[str, Tensor], room: int) -> list[list[str]]:
+    """Return the weights' names in order, in groups whose covariances have ``room`` entries at most, or in ones."""
+    groups: list[list[str]] = []
+    left = 0
+    for name, weight in weights.items():
+        entries = weight.shape[1] ** 2
+        if not groups or entries > left:
+            groups.append([])
+            left = room
+        groups[-1].append(name)
+        left -= entries
+    return groups
+
+
+def _room(tasks: int, device: torch.device) -> int:
+    """Return the entries of a task's covariances there is room for: all tasks' in float64, one's sums on the device."""
+    room = psutil.virtual_memory().available * SHARE / (8 * (tasks + 1))
+    if device.type == "cuda":
+        room = min(room, torch.cuda.mem_get_info(device)[0] * SHARE / 4)
+    return int(room)
 
 
 def read_subspace(wanted: TrainToMerge, folder: Path, name: str) -> tuple[dict[str, Tensor] | None, list[KeepAway]]:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny import label_task, save_bert, write_rows
 from torch import Tensor
 
 from orthoft.recipes import RecipeError, load, run
+from orthoft.recipes.train_to_merge import _groups, save_subspaces
 
 METHODS = [("osrm", "lora"), ("contrastive", "lora"), ("orthogonal", "lora"), ("principal", "psoft")]
 
@@ -61,6 +63,28 @@ def test_each_way_is_a_line_of_a_recipe(method: str, kind: str, models: Path, tm
     if kind == "lora":
         half = sum(part.numel() for key, part in saved.items() if "lora_B" in key)
         assert results["experts"]["b"]["parameters"] == half
+
+
+@pytest.mark.parametrize("room", [1, 32**2 + 64**2, 3 * 32**2])
+def test_layers_that_do_not_fit_into_memory_at_once_are_seen_in_parts(room: int, models: Path, tmp_path: Path) -> None:
+    recipe = words(models, tmp_path / "out")
+    recipe["defaults"]["adapter"]["target_modules"] = ["query", "output.dense"]
+    recipe["train_to_merge"] |= {"penalty": 1e4, "frozen": False}
+    recipe["train_to_merge"]["general"] = write_rows(tmp_path / "text.jsonl", [{"text": "w1 w2 w7"}, {"text": "w5 w4"}])
+    for folder, held in ((tmp_path / "whole", None), (tmp_path / "parts", room)):
+        save_subspaces(load(recipe), models / "bert", folder, held)
+    for file in ("a", "b.others"):
+        whole, parts = (load_file(tmp_path / out / f"{file}.safetensors") for out in ("whole", "parts"))
+        assert len(whole) == 6
+        assert whole.keys() == parts.keys()
+        assert all(whole[name].equal(parts[name]) for name in whole)
+
+
+def test_a_part_holds_no_more_than_there_is_room_for() -> None:
+    weights = {name: torch.empty(5, n) for name, n in zip("abcde", (2, 2, 3, 4, 1), strict=True)}
+    assert _groups(weights, 8) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert _groups(weights, 17) == [["a", "b", "c"], ["d", "e"]]
+    assert _groups(weights, 1000) == [list(weights)]
 
 
 def test_a_run_of_one_task_sees_the_inputs_of_all(models: Path, tmp_path: Path) -> None:
