@@ -97,11 +97,19 @@ class Adapter(nn.Module, ABC):
     def matrices(self) -> Any:
         """Return ``build()``, kept from call to call in evaluation mode for as long as no parameter changes."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.build()
+            return self._built()
         state = self.sources()
         if self._cache is None or not _equal(self._cache[0], state):
-            self._cache = [p.detach().clone() for p in state], self.build()
+            self._cache = [p.detach().clone() for p in state], self._built()
         return self._cache[1]
+
+    def _built(self) -> Any:
+        """Return ``build()`` as it is without autocast, which would compute the small matrices in half precision."""
+        device = next(self.parameters()).device.type
+        if not autocasts(device):
+            return self.build()
+        with torch.autocast(device, enabled=False):
+            return self.build()
 
     def sources(self) -> list[Tensor]:
         """Return the tensors that `build` reads, whose change outdates its result."""
@@ -152,9 +160,14 @@ def _equal(seen: list[Tensor], state: list[Tensor]) -> bool:
 def cast_for_autocast(x: Tensor) -> Tensor:
     """Cast ``x`` once where autocast would cast it in each product, so that one copy is saved for backward."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+    if autocasts(device) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
+
+
+def autocasts(device: str) -> bool:
+    """Say whether autocast is on for a type of device; there is none for shapes without storage."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def whole(parameter: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class _Cayley(torch.autograd.Function):
     @staticmethod
     def forward(S: Tensor) -> Tensor:
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-        half: Tensor = torch.linalg.solve(eye - S, S)
+        half: Tensor = torch.linalg.solve_ex(eye - S, S)[0]  # never singular: no need to wait and look, as solve does
         return 2 * half
 
     @staticmethod
@@ -77,7 +77,7 @@ class _Cayley(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         S, update = ctx.saved_tensors
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-        of_half: Tensor = torch.linalg.solve((eye - S).mT, grad)
+        of_half: Tensor = torch.linalg.solve_ex((eye - S).mT, grad)[0]
         of_S: Tensor = of_half @ (2 * eye + update).mT
         return of_S
 
@@ -251,6 +251,20 @@ def householder_factors(u: Tensor) -> tuple[Tensor, Tensor]:
     half = torch.eye(u.shape[0], dtype=u.dtype, device=u.device) / 2
     M = torch.linalg.solve_triangular(torch.triu(U @ U.mT, 1) + half, U, upper=True)
     return U, M
+
+
+def paired_factors(U: Tensor, M: Tensor, apart: bool) -> tuple[Tensor, Tensor]:
+    """Return ``U', M'`` (r, n) with ``U'^T M' = U^T M``, in which reflections that nearly cancel no longer have to.
+
+    Of a pair of neighbours (``apart``: of rows i and i + r / 2) with the rows ``a, b`` of ``U`` and ``p, q`` of ``M``,
+    ``a^T p + b^T q = ((a + b) / 2)^T (p + q) + (b - a)^T (q - p) / 2``. Near the identity ``b = a`` and ``q = -p``: the
+    terms on the left are of size 1, those on the right as small as their sum, and rounding them to half precision
+    keeps its digits. An odd last row stays as it is.
+    """
+    half = len(U) // 2
+    first, second = (slice(0, half), slice(half, None)) if apart else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+    (a, p), (b, q), (u, m) = ((U[rows], M[rows]) for rows in (first, second, slice(2 * half, None)))
+    return torch.cat([(a + b) / 2, b - a, u]), torch.cat([p + q, (q - p) / 2, m])
 
 
 def orthonormal_rows(u: Tensor) -> Tensor:

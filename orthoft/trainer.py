@@ -20,6 +20,8 @@ class WithPenalty:
 
     current_gradient_accumulation_steps: int
     model_accepts_loss_kwargs: bool
+    compute_loss_func: Any
+    loss_is_scaled_for_ga: bool | None = None
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         theirs = super().compute_loss  # type: ignore[misc]  # of the Trainer behind this class
@@ -27,10 +29,15 @@ class WithPenalty:
         loss, outputs = found if return_outputs else (found, None)
         added = penalty(model) if torch.is_grad_enabled() else None
         if added is not None:
-            # The Trainer divides the loss by the accumulated steps, unless the model did so by its count of tokens.
-            summed = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
-            loss = loss + added.to(loss.device) / (self.current_gradient_accumulation_steps if summed else 1)
+            steps = self.current_gradient_accumulation_steps if self._scaled(kwargs.get("num_items_in_batch")) else 1
+            loss = loss + added.to(loss.device) / steps
         return (loss, outputs) if return_outputs else loss
+
+    def _scaled(self, items: Any) -> bool:
+        """Say whether the Trainer leaves the loss as it is, in place of dividing it by the accumulated steps."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        return (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
 
 
 class OrthoTrainer(WithPenalty, Trainer):

@@ -345,6 +345,30 @@ def test_bfloat16_forward_is_as_good_as_its_dtype(case: Case) -> None:
     assert error(model(x), nn.functional.linear(x.double(), weight, base.bias.double())) < 6e-3
 
 
+def test_small_matrices_do_not_feel_autocast(case: Case) -> None:
+    made = adapter_of(adapted(case.config).train())
+    plain = made.matrices()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = made.matrices()
+    torch.testing.assert_close(cast, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("step", [1e-3, 1e-2, 0.1])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.rank is not None])
+def test_factors_of_a_small_change_keep_their_digits_in_bfloat16(name: str, step: float) -> None:
+    torch.manual_seed(0)
+    case = CASES[name]
+    model = adapted(case.config, start=True)
+    with torch.no_grad():
+        for parameter in adapter_of(model).parameters():
+            parameter.add_(step * torch.randn_like(parameter) * (parameter.std() or 1))
+    weight = layer_of(model).base_layer.weight.detach().bfloat16()
+    wanted = case.oracle(weight.double(), state_of(adapter_of(model)), case.config) - weight.double()
+    factors = adapter_of(model).delta(weight).factors()
+    assert factors is not None
+    assert error(factors[0].double() @ factors[1].double(), wanted) < 1e-2
+
+
 # The cache of evaluation mode
 
 

@@ -85,3 +85,23 @@ def test_mixes_into_any_trainer(tmp_path: Path) -> None:
     added = penalty(trainer.model)
     assert added is not None
     assert losses[Mixed] == pytest.approx(2 * losses[Trainer] + added.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("how", ["by tokens", "by a function", "it says so", "not"])
+def test_the_penalty_does_not_grow_with_the_accumulated_steps(how: str, tmp_path: Path) -> None:
+    class One(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return torch.tensor(1.0)
+
+    class Mixed(WithPenalty, One):
+        pass
+
+    trainer: Any = trainer_of(CONFIGS["hra"], tmp_path, Mixed)
+    trainer.current_gradient_accumulation_steps = 4
+    trainer.model_accepts_loss_kwargs = how == "by tokens"
+    trainer.loss_is_scaled_for_ga = True if how == "it says so" else None
+    trainer.compute_loss_func = print if how == "by a function" else None
+    found = trainer.compute_loss(trainer.model, {}, num_items_in_batch=8 if how == "by tokens" else None).item()
+    added = penalty(trainer.model)
+    assert added is not None
+    assert found == pytest.approx(1 + added.item() / (1 if how == "not" else 4), rel=1e-5)

@@ -19,6 +19,7 @@ from orthoft.linalg import (
     at_least_float32,
     combine_reflections,
     householder_factors,
+    paired_factors,
     reflection_rows,
 )
 from orthoft.tuner import OrthoModel
@@ -55,9 +56,9 @@ class Reflections(InputRotation):
                 self.u.add_(0.1 * torch.randn_like(self.u) * self.u.std())
 
     def build(self) -> tuple[Tensor, Tensor]:
-        """Return ``U, M``, both (r, n), of the compact WY form (2r rows when orthonormal)."""
+        """Return ``U, M``, both (r, n), with ``Q = I - U^T M``: the compact WY form, by pairs (2r when orthonormal)."""
         u0 = None if self.u0 is None else at_least_float32(self.u0)
-        return householder_factors(reflection_rows(at_least_float32(self.u), u0))
+        return paired_factors(*householder_factors(reflection_rows(at_least_float32(self.u), u0)), self.orthonormal)
 
     def rotate(self, x: Tensor, transpose: bool = False, inverse: bool = False) -> Tensor:
         U, M = self.matrices()

@@ -112,20 +112,21 @@ def _from_model(model: Any, adapter_name: str, rank: int | None, progress: bool)
     }
     if not layers:
         raise ValueError(f"{adapter_name!r} is no adapter of orthoft: it is a {type(configs[adapter_name]).__name__}")
-    changes = {name: _change_of(name, layer, adapter_name) for name, layer in layers.items()}
-    dense = [name for name, change in changes.items() if change.delta.rank() is None]
+    dense = [name for name, layer in layers.items() if _change_of(name, layer, adapter_name, 1).delta.rank() is None]
+    changes = (_change_of(name, layer, adapter_name) for name, layer in layers.items())  # one at a time in memory
     config, saved = _saved_config(model, adapter_name), _saved_beside(model, adapter_name, list(layers))
     _need_a_rank(f"adapter {adapter_name!r}", config["peft_type"], rank, dense)
-    return _lora(changes.values(), config, saved, rank, len(changes) if progress else 0)
+    return _lora(changes, config, saved, rank, len(layers) if progress else 0)
 
 
 @torch.no_grad()
-def _change_of(name: str, layer: Any, adapter_name: str) -> Change:
+def _change_of(name: str, layer: Any, adapter_name: str, first: int | None = None) -> Change:
+    """Return the change of a layer, of all its rows or of the first alone, which tell whether it has factors."""
     if layer.merged:
         raise ValueError(f"adapters are merged into {name!r}: call unmerge_adapter() first")
     base, weight = layer.get_base_layer(), layer.get_base_weight()
     kind = _kind(name, base)
-    rows = at_least_float32(layer.layout.rows(weight))
+    rows = at_least_float32(layer.layout.rows(weight)[:first])
     return Change(name, kind, tuple(weight.shape), layer.adapters[adapter_name].delta(rows))
 
 
