@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +14,15 @@ from torch import Tensor
 
 from orthoft.delta import Delta, Dense, LowRank, Rotated, SubspaceRotated, Transposed
 from orthoft.linalg import at_least_float32
+from orthoft.merging.experts import merge_experts, one_under_the_other
 from orthoft.merging.files.safetensors_file import SafetensorsFile
-from orthoft.merging.files.tensors import TensorFolder, as_matrix, is_finite
+from orthoft.merging.files.tensors import TensorFolder, as_matrix, is_finite, matrix_shape
 from orthoft.merging.methods import Finish
-from orthoft.merging.plan import MergePlan
+from orthoft.merging.plan import MergePlan, WeightPlan
 from orthoft.merging.reports.diagnostics import diagnose
 from orthoft.merging.reports.report import WeightReport
-from orthoft.merging.weightwise import merge_weight, weight_generator
+from orthoft.merging.sources.rows import Replaced
+from orthoft.merging.weightwise import Merged, Statistics, merge_weight, weight_generator
 
 SMALL = 256  # the total rank up to which threads cost more than they save
 
@@ -47,14 +49,7 @@ def merged_delta(
     if diagnostics or _needs_weight(plan, name):
         weight = at_least_float32(weight)
     tasks, weight = task_deltas(plan, name, weight)
-    merged = merge_weight(
-        [moved(_zero(weight) if task is None else task, device) for task in tasks],
-        item.choice,
-        weight.to(device),
-        weight_generator(plan.seed, name),
-        _statistics(plan, name, device),
-        scale,
-    )
+    merged = _merged(plan, name, [_zero(weight) if task is None else task for task in tasks], weight, scale, device)
     if not math.isfinite(merged.norm):
         raise ValueError(f"merged weight {name!r} is too large for float32: take smaller weights, or a smaller scale")
     delta = moved(merged.delta, torch.device("cpu"))
@@ -65,25 +60,56 @@ def merged_delta(
     if diagnostics:
         draw = weight_generator(plan.seed, f"{name}#diagnostics")  # its own: what a method draws is not touched
         entry.diagnostics = diagnose(tasks, item.choice.weights, delta, weight, draw, plan.base.dtype(name))
-    return delta.transposed() if item.inputs_first else delta, entry
+    return _as_stored(delta, item), entry
+
+
+def _as_stored(delta: Delta, item: WeightPlan) -> Delta:
+    if item.stacked:
+        return Dense(delta.dense().reshape(matrix_shape(item.shape)))
+    return delta.transposed() if item.inputs_first else delta
+
+
+def _merged(
+    plan: MergePlan, name: str, tasks: Sequence[Delta], weight: Tensor, scale: float, device: torch.device
+) -> Merged:
+    """Return the merge of all tasks, one expert after the other where a tensor holds several; delta on ``device``."""
+    item, generator = plan.merged[name], weight_generator(plan.seed, name)
+
+    def merge(tasks: Sequence[Delta], weight: Tensor, statistics: Statistics | None) -> Merged:
+        there = [moved(task, device, item.choice.by_rows) for task in tasks]
+        numbers = statistics and [None if one is None else one.to(device) for one in statistics]
+        return merge_weight(there, item.choice, weight.to(device), generator, numbers, scale)
+
+    numbers = _statistics(plan, name)
+    if item.stacked:
+        return merge_experts(tasks, weight, numbers, item.shape[0], item.inputs_first, merge)
+    return merge(tasks, weight, numbers)
 
 
 def task_deltas(plan: MergePlan, name: str, weight: Tensor) -> tuple[list[Delta | None], Tensor]:
-    """Return each task's delta of a weight, None where it does not change it, and the weight: (outputs, inputs)."""
+    """Return each task's delta of a weight, None where it does not change it, and the weight: (outputs, inputs).
+
+    Experts in one tensor come one under the other, as they are stored.
+    """
+    item = plan.merged[name]
+    weight = weight.reshape(item.matrix)
     deltas = [source.delta(name, weight) if name in source.ranks else None for source in plan.sources]
-    if not plan.merged[name].inputs_first:
+    if item.stacked:
+        return [delta and one_under_the_other(delta, weight) for delta in deltas], weight
+    if not item.inputs_first:
         return deltas, weight
     return [delta and delta.transposed() for delta in deltas], weight.mT
 
 
-def _statistics(plan: MergePlan, name: str, device: torch.device) -> list[Tensor | None] | None:
+def _statistics(plan: MergePlan, name: str) -> list[Tensor | None] | None:
     """Return the statistics of each task, turned as its delta is, or None if the merge has none."""
     if not plan.statistics:
         return None
     found = [plan.statistics[source.name].get(name) for source in plan.sources]
-    if plan.merged[name].inputs_first:  # (n, n, 1) of a Gram matrix becomes (1, n, n)
-        found = [None if one is None else one.movedim(-1, 0) for one in found]
-    return [None if one is None else one.to(device) for one in found]
+    item = plan.merged[name]
+    if item.inputs_first and not item.stacked:  # (n, n, 1) of a Gram matrix becomes (1, n, n)
+        return [None if one is None else one.movedim(-1, 0) for one in found]
+    return found
 
 
 def _needs_weight(plan: MergePlan, name: str) -> bool:
@@ -104,6 +130,11 @@ def is_small(plan: MergePlan, name: str) -> bool:
 
 def model_scale(finish: Finish, plan: MergePlan, entries: Mapping[str, WeightReport]) -> float:
     """Return the scale of the whole model, from the norms of all weights and of their weighted tasks."""
+    return finish(math.hypot(*(entries[name].norm for name in plan.merged)), model_norms(plan, entries))
+
+
+def model_norms(plan: MergePlan, entries: Mapping[str, WeightReport]) -> list[float]:
+    """Return ``||w_t D_t||`` over the whole model, of the tasks of a sum that was gone on from and of the new."""
     tasks = [
         math.hypot(
             *(
@@ -114,7 +145,7 @@ def model_scale(finish: Finish, plan: MergePlan, entries: Mapping[str, WeightRep
         for index, source in enumerate(plan.sources)
     ]
     tasks[:1] = plan.earlier_norms or tasks[:1]
-    return finish(math.hypot(*(entries[name].norm for name in plan.merged)), tasks)
+    return tasks
 
 
 def scaled_entry(entry: WeightReport, scale: float) -> WeightReport:
@@ -123,8 +154,30 @@ def scaled_entry(entry: WeightReport, scale: float) -> WeightReport:
     return replace(entry, norm=entry.norm * abs(scale), diagnostics=diagnostics)
 
 
-def moved(delta: Delta, device: torch.device) -> Delta:
-    """Return a delta whose parts are on a device: a rotation stays one, which the space "rotation" tells by."""
+class OnDevice(Delta):
+    """A change whose rows come to a device when they are asked for."""
+
+    def __init__(self, inner: Delta, device: torch.device) -> None:
+        self.inner, self.device = inner, device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.inner.shape
+
+    def dense(self) -> Tensor:
+        return self.inner.dense().to(self.device)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.inner.rows(start, stop).to(self.device)
+
+
+def moved(delta: Delta, device: torch.device, by_rows: bool = False) -> Delta:
+    """Return a delta whose parts are on a device: a rotation stays one, which the space "rotation" tells by.
+
+    One that is read from disk comes there slice by slice if it is merged ``by_rows``.
+    """
+    if isinstance(delta, Replaced) and by_rows and device.type != "cpu":
+        return OnDevice(delta, device)
     if device.type == "cpu" and _device(delta).type == "cpu":
         return delta
     if isinstance(delta, Transposed):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,7 +12,7 @@ from orthoft.merging.files.hub import find_folder
 from orthoft.merging.files.tensors import TensorFolder, matrix_shape
 from orthoft.merging.sources.adapter import Source, open_source
 from orthoft.merging.sources.delta import continued
-from orthoft.merging.sources.names import inputs_first
+from orthoft.merging.sources.orientation import Orientation, is_stacked
 from orthoft.merging.spaces import Space
 from orthoft.merging.statistics import STATISTICS_OF, Statistics, statistics_of_tasks
 from orthoft.merging.weightwise import Choice
@@ -32,6 +32,16 @@ class WeightPlan:
     choice: Choice
     rank: int | None  # None if the result will be dense
     inputs_first: bool = False  # stored as (inputs, outputs): merged the other way round
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it holds several experts, each of which is a matrix of its own."""
+        return is_stacked(self.name, self.shape)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The shape of the matrix that it is measured as: (outputs, all else), or all experts one under the other."""
+        return (prod(self.shape[:-1]), self.shape[-1]) if self.stacked else matrix_shape(self.shape)
 
     @property
     def space(self) -> Space:
@@ -79,9 +89,11 @@ def plan(
     full = [name for name in tensors if prod(tensors.shape(name))]  # an empty tensor has nothing to change
     touched = [name for name in full if any(name in source.ranks for source in opened)]
     check_patterns((*wish.include, *wish.exclude, *wish.overrides), touched)
-    merged = {name: _plan_weight(name, tensors, opened, wish) for name in touched if wish.selects(name)}
+    flipped = Orientation(tensors).inputs_first
+    merged = {name: _plan_weight(name, tensors, opened, wish, flipped) for name in touched if wish.selects(name)}
     if touched and not merged:
         raise ValueError("include and exclude leave no weight to merge")
+    _rehearse(merged, bool(earlier))
     if wish.space != "auto" and all(item.space.name != wish.space for item in merged.values()):
         wish.refuse_space()
     numbers = statistics_of_tasks(wish.method.name, statistics or {}, [source.name for source in opened], tensors)
@@ -112,12 +124,15 @@ def named_sources(sources: Sources) -> list[tuple[str, PathLike]]:
     return list(named.items())
 
 
-def _plan_weight(name: str, base: TensorFolder, sources: Sequence[Source], wish: Wish) -> WeightPlan:
-    shape = base.shape(name)
+def _plan_weight(
+    name: str, base: TensorFolder, sources: Sequence[Source], wish: Wish, inputs_first: Callable[[str], bool]
+) -> WeightPlan:
+    shape, stacked = base.shape(name), is_stacked(name, base.shape(name))
     touching = [source for source in sources if name in source.ranks]
-    ranks = [source.ranks[name] for source in touching]
+    ranks = [None if stacked else source.ranks[name] for source in touching]
+    vector = min(matrix_shape(shape[1:] if stacked else shape)) == 1
     try:
-        choice = wish.of(name, [source.name for source in sources]).choice(ranks, vector=min(matrix_shape(shape)) == 1)
+        choice = wish.of(name, [source.name for source in sources]).choice(ranks, vector)
     except ValueError as error:
         dense = [source.name for source in touching if source.ranks[name] is None]
         these = f" (dense here: {', '.join(dense)})" if dense else ""
@@ -126,8 +141,21 @@ def _plan_weight(name: str, base: TensorFolder, sources: Sequence[Source], wish:
     factored = choice.space.keeps_factors and len(known) == len(ranks)
     rank = min(*matrix_shape(shape), sum(known)) if factored else None
     told = [source.inputs_first[name] for source in touching if name in source.inputs_first]
-    flipped = told[0] if told else inputs_first(base, name)
+    flipped = told[0] if told else inputs_first(name)
     return WeightPlan(name, shape, tuple(source.name for source in touching), choice, rank, flipped)
+
+
+def _rehearse(merged: Mapping[str, WeightPlan], goes_on: bool) -> None:
+    """Try the method with the weights and the parameters of each override, before hours are spent on other weights."""
+    choices = {(tuple(i.choice.weights.tolist()), repr(i.choice.params)): i for i in merged.values()}
+    for item in choices.values():
+        first = float(item.choice.weights[0])
+        try:
+            item.choice.method.rehearse(item.choice.weights, item.choice.params)
+            if goes_on and first != 1:
+                raise ValueError(f"the result of an OPCM merge goes on with weight 1, got {first}")
+        except ValueError as error:
+            raise ValueError(f"weight {item.name!r}: {error}") from error
 
 
 def _left_out(source: Source, wish: Wish) -> list[str]:

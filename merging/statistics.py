@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -100,7 +101,8 @@ class Statistics:
     @cached_property
     def root_mean_square(self) -> float:
         """The root mean square of all entries that the base has weights for, read one tensor at a time."""
-        total = sum(float(self._tensors[own].double().square().sum()) for own in self.weights.values())
+        norms = (torch.linalg.vector_norm(self._tensors[own], dtype=torch.float64) for own in self.weights.values())
+        total = sum(float(norm) ** 2 for norm in norms)
         count = sum(math.prod(self._tensors.shape(own)) for own in self.weights.values())
         return math.sqrt(total / count) or 1.0  # all zero: nothing to scale
 

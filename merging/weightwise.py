@@ -58,6 +58,11 @@ class Choice:
         """The scale of the whole model: the method's own, or that of ``rescale="model"``."""
         return self.method.finish or (mean_task_norm if self.post.rescale == "model" else None)
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether large weights are merged in slices of rows."""
+        return self.space.name == "full" and self.method.rowwise
+
 
 @dataclass(frozen=True)
 class Merged:
@@ -89,7 +94,7 @@ def merge_weight(
     given = {"generator": generator, "base": base if space.name == "full" else None, "statistics": statistics}
     extras = {name: extra for name, extra in given.items() if method.needs(name)}
     decode: Callable[[Tensor], Delta] = Dense
-    if space.name == "full" and method.rowwise:
+    if choice.by_rows:
         merged, norms = _by_rows(deltas, choice, extras)  # (m, n), (T,)
     else:
         x, decode = space.encode(deltas, base, choice.weights, **choice.space_params)  # (T, p, q)
@@ -149,18 +154,18 @@ def _by_rows(deltas: Sequence[Delta], choice: Choice, extras: Mapping[str, Any])
     if method.prepare is not None:
         prepared = torch.stack([method.prepare(delta.dense(), **choice.params) for delta in deltas])
         extras = {**extras, "prepared": prepared}
-    squares = torch.zeros(len(deltas), dtype=torch.float64)
+    squares: list[Tensor] = []  # (T,) of each slice, added where they are: a GPU is not waited for
     merged: Tensor | None = None
     rows = max(1, SLICE // n)
     for start in range(0, m, rows):
         stop = min(start + rows, m)
         x = torch.stack([delta.rows(start, stop) for delta in deltas])  # (T, rows, n)
-        squares += torch.linalg.vector_norm(x, dim=(1, 2)).double().cpu() ** 2
+        squares.append(torch.linalg.vector_norm(x, dim=(1, 2)).double() ** 2)
         own = {name: _rows_of(name, extra, start, stop) for name, extra in extras.items()}
         merged = x.new_empty(m, n) if merged is None else merged
         merged[start:stop] = method.merge(x, choice.weights, **choice.params, **own)
     assert merged is not None
-    return merged, squares.sqrt().tolist()
+    return merged, torch.stack(squares).sum(0).sqrt().tolist()
 
 
 def _rows_of(name: str, extra: Any, start: int, stop: int) -> Any:

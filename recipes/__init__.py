@@ -27,29 +27,28 @@ def run(
 ) -> dict[str, Any]:
     """Fine-tune each task of a recipe, evaluate, merge, export, evaluate the export; return ``results.json``.
 
-    A run that was broken off goes on where it stopped. Under `accelerate launch` all processes train together; the
-    first one does the rest and has the results.
+    A run that was broken off takes up its finished experts, with ``save_steps`` the checkpoints of the last one, and
+    the scores of base and experts. Under `accelerate launch` all processes train together; the first one does the rest
+    and has the results.
 
     Args:
         recipe: a YAML file, or the same as a mapping.
         overrides: ``place=value`` each, as ``tasks.0.training.max_steps=5``.
         until: "finetune" stops when the experts are there.
         tasks: names of the tasks to do, all unless given; only with ``until="finetune"``.
-        overwrite: start again where the output folder holds a run.
-        keep_experts: do a finished run again, from the merge on; experts are trained again only if their task, its data
-            or the base changed.
+        overwrite: start again where the output folder holds a run; with a choice of tasks, train these again alone.
+        keep_experts: go on from a finished run, or from one of another recipe; experts are trained again only if their
+            task, its data or the base changed.
         say: is told what happens, line by line.
 
     Raises:
         RecipeError: a ValueError with one line per mistake in the recipe, before anything is written.
         FileNotFoundError: a file it names is not there.
-        FileExistsError: the output folder holds something else, or a finished run.
+        FileExistsError: the output folder holds something else, a finished run, or a run of another recipe.
     """
     checked = load(recipe, overrides)
     if tasks is not None and until != "finetune":
         raise ValueError('a choice of tasks goes with until="finetune": a merge needs all of them')
-    if keep_experts and until == "finetune":
-        raise ValueError('finished experts are kept with until="finetune" anyway: leave keep_experts out')
     if overwrite and keep_experts:
         raise ValueError("overwrite starts again from nothing, keep_experts does not: give one of them")
     again: Again = "overwrite" if overwrite else "keep experts" if keep_experts else "no"

@@ -12,6 +12,7 @@ from typing import Any
 from orthoft.recipes.task_schema import Data, Split
 
 Row = dict[str, Any]
+TEXT = "utf-8-sig"  # UTF-8 with the mark in front that Excel writes, or without
 SPLITS: tuple[Split, ...] = ("train", "tuning", "test")
 
 
@@ -23,10 +24,10 @@ def read_file(path: Path) -> list[Row]:
     """
     kind = path.suffix.lower()
     if kind in (".jsonl", ".json"):
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding=TEXT) as lines:
             return [_json_row(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
     if kind == ".csv":
-        with path.open(encoding="utf-8", newline="") as lines:
+        with path.open(encoding=TEXT, newline="") as lines:
             return list(csv.DictReader(lines))
     if kind == ".parquet":
         return named(_datasets().Dataset.from_parquet(str(path)))

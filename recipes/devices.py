@@ -56,12 +56,18 @@ def on_cpu(name: str | None) -> bool:
     return name == "cpu" or not torch.accelerator.is_available()
 
 
+def computing_dtype(dtype: str | None, base: str | Path) -> torch.dtype | None:
+    """Return the type that a recipe computes in: its own, or that of the base's configuration, if that has one."""
+    words = dtype or AutoConfig.from_pretrained(str(base), trust_remote_code=False).dtype
+    found: torch.dtype | None = getattr(torch, words) if isinstance(words, str) else words
+    return found
+
+
 def slow_type(recipe: Recipe, base: Path) -> str | None:
     """Return a hint if a recipe is to compute in a type that this CPU has no instructions for."""
     if recipe.quantization is not None or not on_cpu(recipe.device):
         return None
-    words = recipe.dtype or AutoConfig.from_pretrained(str(base), trust_remote_code=False).dtype
-    dtype = getattr(torch, words) if isinstance(words, str) else words
+    dtype = computing_dtype(recipe.dtype, base)
     if dtype is None or computes_in(dtype):
         return None
     name = str(dtype).removeprefix("torch.")

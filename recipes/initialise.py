@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from orthoft.adapters.psoft import PSOFTLayer, SubspaceRotation
 from orthoft.errors import unknown
 from orthoft.merging.weightwise import weight_generator
+from orthoft.quantization import quantization_backend
 from orthoft.recipes import subspaces
 from orthoft.recipes.base_weights import linear_layers
 from orthoft.recipes.statistics import counted_grams
@@ -73,11 +74,16 @@ def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     for name in names:
         if name not in layers:
             raise unknown("linear layer", name, layers)
-        layer, inputs_first = layers[name]
-        base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-        weight: Tensor = base.weight.detach()
-        found[name] = weight.mT if inputs_first else weight
+        found[name] = base_weight(*layers[name])
     return found
+
+
+def base_weight(layer: nn.Module, inputs_first: bool) -> Tensor:
+    """Return the weight (m, n) of one of `linear_layers`, outputs x inputs, in floating point where it is quantised."""
+    base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    backend = quantization_backend(base)
+    weight: Tensor = base.weight if backend is None else backend.get_base_weight(base)
+    return (weight.mT if inputs_first else weight).detach()
 
 
 def choose(

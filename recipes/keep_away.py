@@ -7,20 +7,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from orthoft.recipes.base_weights import linear_layers
+from orthoft.recipes.eigen import leading_eigenvectors
+from orthoft.recipes.initialise import base_weight
 
 DIRECTIONS = 256  # of the others' inputs that count, the strongest
 
 
 def root(covariance: Tensor, directions: int = DIRECTIONS) -> Tensor:
     """Return ``L`` (n, k) in float32 with ``L L^T`` the best approximation of rank k to the covariance (n, n)."""
-    values, vectors = torch.linalg.eigh(covariance.double())
-    kept = min(directions, len(values))
-    L: Tensor = (vectors * values.clamp(min=0).sqrt())[:, -kept:]
+    C = covariance.double()
+    V = leading_eigenvectors(lambda X: C @ X, len(C), min(directions, len(C)), C)
+    values = (V * (C @ V)).sum(0)
+    L: Tensor = V * values.clamp(min=0).sqrt()
     return L.float().contiguous()
 
 
@@ -59,13 +63,12 @@ class KeepAway(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         layers = _layers(model)
         for name, L in self.roots.items():
-            layer = layers.get(name)
+            layer, inputs_first = layers.get(name, (None, False))
             if not isinstance(layer, LoraLayer) or self.adapter not in layer.lora_A:
                 raise ValueError(f"{name!r} has no LoRA {self.adapter!r} that could be kept away from other tasks")
             A, B = layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight
-            weight: Any = layer.get_base_layer().weight
-            L = L.to(A.device, A.dtype)
-            size = float((weight.to(A.dtype) @ L).square().sum())
+            W, L = base_weight(layer, inputs_first), L.to(A.device, A.dtype)
+            size = float((W.to(A.dtype) @ L).square().sum())
             self.held.append(_Held(A, B, L, layer.scaling[self.adapter] ** 2 / size))
 
     @torch.no_grad()
@@ -87,7 +90,6 @@ class KeepAway(TrainerCallback):
         return sum(terms) / max(1, len(terms))
 
 
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers by the base's names, of a PEFT model or of one inside a head."""
-    encoder: Any = getattr(model, "encoder", model)
-    return {name: layer for name, (layer, _) in dict(linear_layers(encoder)).items()}
+def _layers(model: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
+    """Return what `linear_layers` gives by name, of a PEFT model or of the one inside what is trained."""
+    return dict(linear_layers(next((part for part in model.modules() if isinstance(part, PeftModel)), model)))

@@ -6,25 +6,27 @@ measure("recipe.yaml", "fisher")
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import peft
 import torch
+import yaml
 from torch import nn
 
 from orthoft.errors import unknown
 from orthoft.merging.files.hub import find_folder
 from orthoft.merging.statistics import KINDS, STATISTICS_OF
+from orthoft.recipes.devices import merge_device
 from orthoft.recipes.expert import STATISTICS, Ready, statistics_of
-from orthoft.recipes.kinds.kind import Batch, on_device
 from orthoft.recipes.load import load
 from orthoft.recipes.models import load_model
 from orthoft.recipes.prepare import check, quiet
 from orthoft.recipes.schema import Recipe
-from orthoft.recipes.search_setup import read_experts
-from orthoft.recipes.statistics import collect, from_optimizer
+from orthoft.recipes.search_report import job
+from orthoft.recipes.search_setup import own_words, read_experts
+from orthoft.recipes.statistics import adam_moments, collect
 
 Statistic = Literal["fisher", "gram", "second_moment"]
 METHOD: dict[str, str] = {"fisher": "fisher", "gram": "regmean", "second_moment": "ota"}  # unless the recipe's takes it
@@ -44,13 +46,13 @@ def measure(
 ) -> dict[str, Any]:
     """Write the statistics of each expert of a recipe on rows of its own train split.
 
-    Returns ``files`` by task, and ``command``, the line of `orthoft merge` that uses them.
+    Returns ``files`` by task, and ``command``, the line of `orthoft merge` that uses them by ``merge-KIND.yaml``.
 
     Args:
         recipe, overrides: see `orthoft.recipes.run`.
         kind: "fisher" or "gram", see `orthoft.recipes.statistics.collect`, or "second_moment", see `adam_moments`.
         tasks: names of the experts to measure, all unless given.
-        examples: how many rows, the first of the train split in the recipe's order.
+        examples: how many, the first of the train split in the recipe's order, each by itself where rows are packed.
         only: glob patterns of the base's names of weights, of which one has to match.
         out: the folder of the files ``TASK-KIND.safetensors``; ``statistics`` in the recipe's output unless given.
         overwrite: replace files that exist.
@@ -66,12 +68,8 @@ def measure(
     if examples < 1:
         raise ValueError(f"examples is a number above 0, got {examples}")
     checked = load(recipe, overrides)
-    names = [task.name for task in checked.tasks]
-    for name in tasks or ():
-        if name not in names:
-            raise unknown("task", name, names)
     folder = Path(checked.output, STATISTICS) if out is None else Path(out).expanduser()
-    files = {name: statistics_of(folder, name, kind) for name in names if tasks is None or name in tasks}
+    files = {name: statistics_of(folder, name, kind) for name in _chosen(checked, tasks)}
     if taken := [str(file) for file in files.values() if file.exists() and not overwrite]:
         raise FileExistsError(f"statistics exist: {', '.join(taken)}: give --overwrite, or choose another folder")
     with quiet():
@@ -83,8 +81,18 @@ def measure(
             if (name := ready.task.name) in files:
                 _measure_one(checked, base, ready, kind, files[name], examples, only)
                 say(f"{name}: {files[name]}")
+    job_file = folder / f"merge-{kind}.yaml"
+    job_file.write_text(yaml.safe_dump(merge_job(checked, kind, folder), sort_keys=False), encoding="utf-8")
     told = {name: str(file) for name, file in files.items()}
-    return {"kind": kind, "files": told, "command": merge_command(checked, kind, told)}
+    return {"kind": kind, "files": told, "command": shlex.join(["orthoft", "merge", str(job_file)])}
+
+
+def _chosen(recipe: Recipe, tasks: Sequence[str] | None) -> list[str]:
+    names = [task.name for task in recipe.tasks]
+    for name in tasks or ():
+        if name not in names:
+            raise unknown("task", name, names)
+    return [name for name in names if tasks is None or name in tasks]
 
 
 def _measure_one(
@@ -95,10 +103,10 @@ def _measure_one(
     adapted: Any = peft.PeftModel.from_pretrained(load_model(ready.task.kind, base, recipe.dtype), str(expert))
     model = adapted.merge_and_unload()
     judged = Judged(model, ready.kind.trained(model, ready.head))
-    rows, size = ready.data.train[:examples], recipe.evaluate.batch_size
+    rows, size = ready.kind.alone(ready.data.train)[:examples], recipe.evaluate.batch_size
     batches = ready.kind.batches(rows, size, f"{kind} of {ready.task.name}")
     if kind == "second_moment":
-        adam_moments(judged, batches, file, only=only)
+        adam_moments(judged, batches, file, examples=examples, only=only, overwrite=True)
     else:
         collect(judged, batches, kind, file, examples=examples, only=only, overwrite=True, progress=False)
 
@@ -118,28 +126,21 @@ class Judged(nn.Module):
         return self._trained[0](**batch)
 
 
-def adam_moments(model: nn.Module, batches: Iterable[Batch], file: Path, *, only: Sequence[str] = ("*",)) -> Path:
-    """Write the second moments that Adam would have at this model: batches go by at a learning rate of 0.
+def merge_job(recipe: Recipe, kind: Statistic, folder: Path) -> dict[str, Any]:
+    """Return the merge of the experts that have statistics in a folder, as ``orthoft merge`` reads it.
 
-    ``v = (1 - beta_2) sum_s beta_2^(S - s) g_s^2 / (1 - beta_2^S)`` with the gradient ``g_s`` of batch ``s`` of ``S``.
-    An adapter's own optimizer has none of the base's weights. Replaces the file if there is one.
+    It is the recipe's own if that takes this kind, else one with the method's defaults on the same weights.
     """
-    model.eval()
-    optimizer = torch.optim.Adam([parameter.requires_grad_(True) for parameter in model.parameters()], lr=0.0)
-    for batch in batches:
-        optimizer.zero_grad()
-        model(**on_device(batch, model))["loss"].backward()
-        optimizer.step()
-    return from_optimizer(optimizer, model, file, only=only, overwrite=True)
-
-
-def merge_command(recipe: Recipe, kind: Statistic, files: Mapping[str, str]) -> str:
-    """Return the line that merges experts with their statistics, by the recipe's method if it takes this kind."""
-    method, params = METHOD[kind], dict[str, Any]()
-    if recipe.merge is not None and STATISTICS_OF.get(recipe.merge.method) == kind:
-        method, params = recipe.merge.method, recipe.merge.params
-    words = ["orthoft", "merge", "--base", recipe.base]
-    for name, file in files.items():
-        words += ["--source", f"{name}={Path(recipe.output, 'experts', name)}", "--statistics", f"{name}={file}"]
-    words += ["--method", method, *(word for key, one in params.items() for word in ("--param", f"{key}={one}"))]
-    return shlex.join([*words, "--output", str(Path(recipe.output, f"merged-{method}"))])
+    names = [task.name for task in recipe.tasks]
+    files = {name: str(file) for name in names if (file := statistics_of(folder, name, kind)).is_file()}
+    words, wanted = dict[str, Any](method=METHOD[kind]), recipe.merge
+    if wanted is not None and STATISTICS_OF.get(wanted.method) == kind:
+        words = own_words(wanted, len(names))
+        if "weights" in words:
+            words["weights"] = [one for name, one in zip(names, words["weights"], strict=True) if name in files]
+    elif wanted is not None:
+        words |= wanted.model_dump(include={"include", "exclude"}, exclude_defaults=True)
+    experts = {name: str(Path(recipe.output, "experts", name)) for name in files}
+    output = Path(recipe.output, f"merged-{words['method']}")
+    made = job(recipe.base, experts, words, output, recipe.seed, recipe.export.dtype, files)
+    return made | merge_device(recipe.device)

@@ -14,6 +14,7 @@ from accelerate import PartialState
 
 from orthoft.adapters import ADAPTERS
 from orthoft.errors import unknown
+from orthoft.recipes.devices import computing_dtype
 from orthoft.recipes.kinds import KINDS
 from orthoft.recipes.schema import Quantization
 from orthoft.recipes.task_schema import Adapter
@@ -59,10 +60,24 @@ def load_model(
     quantization: Quantization | None = None,
     device: torch.device | None = None,
 ) -> Any:
-    """Return the transformers model of a folder, on a device, this process's own unless given."""
+    """Return the transformers model of a folder, on a device, this process's own unless given.
+
+    Codes of four bits are multiplied in ``dtype``, or else in the folder's own, unless ``quantization`` says another.
+    """
     auto, device = auto_class(kind), device or PartialState().device
     load = partial(auto.from_pretrained, str(folder), dtype=dtype or "auto", trust_remote_code=False)
     if quantization is None:
         return load().to(device)
-    words = transformers.BitsAndBytesConfig(**quantization.model_dump(exclude_unset=True))
-    return load(quantization_config=words, device_map={"": device})
+    words = {"bnb_4bit_compute_dtype": computing_dtype(dtype, folder)} | quantization.model_dump(exclude_none=True)
+    return load(quantization_config=transformers.BitsAndBytesConfig(**words), device_map={"": device})
+
+
+def how_to_load(kind: str, folder: Path) -> str:
+    """Return the words that end a run: where the merged model is, and the Python that loads it."""
+    auto, reader = KINDS[kind].auto, KINDS[kind].reader
+    return (
+        f"merged model: {folder}\n\n"
+        f"    from transformers import {auto}, {reader}\n"
+        f'    model = {auto}.from_pretrained("{folder}")\n'
+        f'    {"tokenizer" if reader == "AutoTokenizer" else "processor"} = {reader}.from_pretrained("{folder}")'
+    )

@@ -6,7 +6,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -16,6 +16,7 @@ from typing import Any
 import peft
 import torch
 from accelerate import PartialState
+from accelerate.utils import release_memory
 from torch import Tensor, nn
 
 from orthoft.errors import unknown
@@ -30,17 +31,19 @@ from orthoft.recipes.finetune import train
 from orthoft.recipes.harness import run_harness
 from orthoft.recipes.head import Head
 from orthoft.recipes.keep_away import KeepAway
-from orthoft.recipes.kinds import KINDS, kind_of
-from orthoft.recipes.models import load_model
+from orthoft.recipes.kept_scores import SCORES, KeptScores, write_whole
+from orthoft.recipes.kinds import kind_of
+from orthoft.recipes.models import how_to_load, load_model
 from orthoft.recipes.prepare import RESULTS, check, open_output, quiet
 from orthoft.recipes.refit import refitted
 from orthoft.recipes.rehearse import rehearse
 from orthoft.recipes.schema import Again, Recipe
 from orthoft.recipes.table import MERGED, gains, table
 from orthoft.recipes.task_schema import Task
-from orthoft.recipes.train_to_merge import read_subspace, save_subspaces
+from orthoft.recipes.train_to_merge import chosen_before, read_subspace, save_subspaces
 
 Say = Callable[[str], None]
+LOWER = "evaluate.batch_size"
 
 
 def run_recipe(
@@ -61,7 +64,7 @@ def run_recipe(
         run = Run(recipe, base, Path(recipe.output), say if state.is_main_process else _silent)
         run.read(chosen)
         if state.is_main_process:
-            open_output(recipe, run.out, again)
+            open_output(recipe, run.out, again, tasks)
         state.wait_for_everyone()
         run.finetune()
         if until == "finetune" or not state.is_main_process:
@@ -92,6 +95,8 @@ class Run:
             "scores": {},
             "samples": {},
         }
+        shared = [recipe.evaluate.batch_size, recipe.device, self.results["versions"]]
+        self.kept = KeptScores(out / SCORES, shared)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -126,6 +131,8 @@ class Run:
                 with self.timed("finetune"):
                     rows, callbacks = self.apart(task.name)
                     known = train(self.recipe, ready, self.base, folder, rows, self.say, callbacks)
+                release_memory()  # accelerate's forward in half precision refers to itself, and so keeps the model
+                self.kept.forget()
                 self.ready[i] = self._with_head(ready, fit=False) if data.classes else ready  # it may have learnt
                 last = f", loss {known['losses'][-1][1]:.3f}" if known["losses"] else ""
                 kept = f", kept those of step {known['kept']['step']}" if known["kept"] else ""
@@ -140,12 +147,17 @@ class Run:
         """Choose where each task may write, in the main process, if the recipe wants it and a task is to train."""
         if self.recipe.train_to_merge is None:
             return
+        state, folder = PartialState(), self.out / "subspaces"
         to_train = [r for r in self.ready if finished(self.expert(r.task.name), r.mark) is None]
-        if to_train and PartialState().is_main_process:
+        if to_train and state.is_main_process and not chosen_before(self.recipe, self.base, folder):
             self.say(f"keeping the tasks apart: {self.recipe.train_to_merge.method or 'penalty'}")
-            with self.timed("subspaces"):
-                save_subspaces(self.recipe, self.base, self.out / "subspaces")
-        PartialState().wait_for_everyone()
+            if state.num_processes > 1:
+                limit = to_train[0].task.training.get("ddp_timeout", 1800)
+                self.say(f"  the other processes wait, {limit} s at most: training.ddp_timeout allows more")
+            with self.timed("subspaces"), roomy("subspaces", LOWER):
+                save_subspaces(self.recipe, self.base, folder)
+            release_memory()
+        state.wait_for_everyone()
 
     def apart(self, name: str) -> tuple[dict[str, Tensor] | None, list[KeepAway]]:
         """Return the rows through which a task's adapter reads, if some were chosen, and the callbacks of a penalty."""
@@ -155,10 +167,10 @@ class Run:
 
     def _with_head(self, ready: Ready, fit: bool) -> Ready:
         """Fit the probe in the main process, and let every process read it from disk."""
-        state, file = PartialState(), head_file(self.expert(ready.task.name))
+        state, file, name = PartialState(), head_file(self.expert(ready.task.name)), ready.task.name
         if state.is_main_process and (fit or not file.is_file()):
-            with self.timed("probe"):
-                ready.kind.fit(self.load_base(), ready.data, self.recipe.evaluate.batch_size).save(file)
+            with self.timed("probe"), roomy(f"{name} probe", LOWER):
+                ready.kind.fit(self.load(self.base), ready.data, self.recipe.evaluate.batch_size).save(file)
         state.wait_for_everyone()
         return replace(ready, head=Head.load(file))
 
@@ -166,38 +178,52 @@ class Run:
         """Score the base on every task, and each expert, read from disk, on its own task or on all."""
         self.say("evaluating")
         with self.timed("evaluate"):
-            self.score("base", self.load_base(), [ready.at_start() for ready in self.ready])
+            self.score_once("base", None, [ready.at_start() for ready in self.ready])
             for ready in self.ready:
-                expert = peft.PeftModel.from_pretrained(self.load_base(), str(self.expert(ready.task.name)))
-                self.score(ready.task.name, expert, self.ready if self.recipe.evaluate.cross else [ready])
+                self.score_once(ready.task.name, ready, self.ready if self.recipe.evaluate.cross else [ready])
+
+    def score_once(self, row: str, expert: Ready | None, tasks: Sequence[Ready]) -> None:
+        """Score the base, alone or under an expert, on the tasks on which a run that was broken off did not."""
+        mark, left = "" if expert is None else expert.mark, list[Ready]()
+        for ready in tasks:
+            if (known := self.kept.find(row, mark, ready.mark)) is None:
+                left.append(ready)
+            else:
+                self.enter(row, ready.task.name, **known)
+        if left:
+            self.score(row, self.load(self.base, None if expert is None else self.expert(row)), left, mark)
+        else:
+            self.say(f"  {row}: scores taken up")
 
     def merge(self) -> None:
-        """Merge the experts, write the exports, and score each as a stranger would load it."""
+        """Merge the experts, write the exports, and score each as a stranger would load it, quantised as the base."""
         export = self.recipe.export
         self.say("merging")
         merged = self._merged("merge", self.out / "merged", output="checkpoint", dtype=export.dtype)
         for note in merged.notes:
             self.say(f"  {note}")
-        with self.timed("evaluate"):
-            norms = {weight.name: weight.norm for weight in merged.merged}
-            self.results["export_check"] = export_check(self.base, self.out / "merged", norms)
-            model = load_model(self.kind, self.out / "merged", self.recipe.dtype)
-            self.score("merge", model, self.ready)
-        if self.recipe.merge is not None and self.recipe.merge.refit_heads:
-            self.refit(model)
+        norms = {weight.name: weight.norm for weight in merged.merged}
+        self.score_merged(norms)
         if export.lora is not None:
             self._merged("merge-lora", self.out / "merged-lora", output="lora", rank=export.lora.rank)
             with self.timed("evaluate"):
-                lora = peft.PeftModel.from_pretrained(self.load_base(), str(self.out / "merged-lora"))
-                self.score("merge-lora", lora, self.ready)
+                self.score("merge-lora", self.load(self.base, self.out / "merged-lora"), self.ready)
         if (harness := self.recipe.evaluate.harness) is not None:
+            release_memory()
             with self.timed("harness"):
                 self.results["harness"] = run_harness(self.recipe, harness, self.out / "merged", self.say)
 
-    def refit(self, model: nn.Module) -> None:
-        """Score the merged model once more, under heads that are fitted anew on its features."""
+    def score_merged(self, norms: Mapping[str, float]) -> None:
+        """Score the merged model, and once more under heads that are fitted anew on its features, if wanted."""
+        assert self.recipe.merge is not None
+        with self.timed("evaluate"):
+            self.results["export_check"] = export_check(self.base, self.out / "merged", norms)
+            model = self.load(self.out / "merged")
+            self.score("merge", model, self.ready)
+        if not self.recipe.merge.refit_heads:
+            return
         self.say("fitting the heads anew")
-        with self.timed("probe"):
+        with self.timed("probe"), roomy("merge-refit", LOWER):
             again = refitted(model, self.ready, self.out / "merged", self.recipe.evaluate.batch_size)
         with self.timed("evaluate"):
             self.score("merge-refit", model, again)
@@ -221,18 +247,30 @@ class Run:
         self.results["times"][row] = round(report.seconds, 2)
         return report
 
-    def score(self, row: str, model: nn.Module, tasks: Sequence[Ready]) -> None:
-        """Evaluate a model on the test splits of tasks."""
+    def score(self, row: str, model: nn.Module, tasks: Sequence[Ready], mark: str | None = None) -> None:
+        """Evaluate a model on the test splits of tasks; what depends on it by ``mark`` alone is kept at once."""
         for ready in tasks:
             name, size = ready.task.name, self.recipe.evaluate.batch_size
-            with roomy(f"{row} on {name}", "evaluate.batch_size"):
-                scores = ready.kind.score(model, ready.head, ready.data.test, size, f"{row} on {name}")
-            self.results["scores"].setdefault(row, {})[name] = scores
-            if row in ("base", name, "merge") and (text := ready.kind.sample(model)) is not None:
-                self.results["samples"].setdefault(name, {})[row] = text
+            with roomy(f"{row} on {name}", LOWER):
+                told: dict[str, Any] = {
+                    "scores": ready.kind.score(model, ready.head, ready.data.test, size, f"{row} on {name}"),
+                    "sample": ready.kind.sample(model) if row in ("base", name, "merge") else None,
+                }
+            self.enter(row, name, **told)
+            if mark is not None:
+                self.kept.add(told, row, mark, ready.mark)
 
-    def load_base(self) -> Any:
-        return load_model(self.kind, self.base, self.recipe.dtype, self.recipe.quantization)
+    def enter(self, row: str, name: str, scores: Mapping[str, float], sample: str | None) -> None:
+        """Put what was found of a row on a task into the results."""
+        self.results["scores"].setdefault(row, {})[name] = scores
+        if sample is not None:
+            self.results["samples"].setdefault(name, {})[row] = sample
+
+    def load(self, folder: Path, adapter: Path | None = None) -> Any:
+        """Return the model of a folder, quantised if the experts were trained so, under an adapter if one is given."""
+        with roomy(f"loading {folder.name}", "what a weight takes: set dtype, or quantization"):
+            model = load_model(self.kind, folder, self.recipe.dtype, self.recipe.quantization)
+            return model if adapter is None else peft.PeftModel.from_pretrained(model, str(adapter))
 
     def expert(self, name: str) -> Path:
         return self.out / "experts" / name
@@ -242,10 +280,9 @@ class Run:
         scores, metrics = self.results["scores"], {ready.task.name: ready.task.metric for ready in self.ready}
         merged = [row for row in MERGED if row in scores]
         self.results["gain_kept"] = {row: gains(scores, metrics, row) for row in merged}
-        text, partial = json.dumps(self.results, indent=2), self.out / f".{RESULTS}.partial"
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.rename(self.out / RESULTS)
-        told: dict[str, Any] = json.loads(text)
+        write_whole(self.out / RESULTS, self.results)
+        self.kept.forget()
+        told: dict[str, Any] = json.loads((self.out / RESULTS).read_text(encoding="utf-8"))
         write_cards(told)
         self.say("")
         self.say(table(scores, metrics))
@@ -258,14 +295,3 @@ class Run:
         if merged:
             self.say(how_to_load(self.kind, self.out / "merged"))
         return told
-
-
-def how_to_load(kind: str, folder: Path) -> str:
-    """Return the words that end a run: where the merged model is, and the Python that loads it."""
-    auto, reader = KINDS[kind].auto, KINDS[kind].reader
-    return (
-        f"merged model: {folder}\n\n"
-        f"    from transformers import {auto}, {reader}\n"
-        f'    model = {auto}.from_pretrained("{folder}")\n'
-        f'    {"tokenizer" if reader == "AutoTokenizer" else "processor"} = {reader}.from_pretrained("{folder}")'
-    )

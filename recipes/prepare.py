@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,19 @@ import yaml
 
 from orthoft.merging import READERS
 from orthoft.merging.wish import Wish, wish_for
-from orthoft.recipes.devices import check_device, check_launch
-from orthoft.recipes.expert import STATISTICS
+from orthoft.recipes.devices import check_device, check_launch, in_parts, with_deepspeed
+from orthoft.recipes.expert import STATISTICS, forget, head_file
 from orthoft.recipes.finetune import training_arguments
+from orthoft.recipes.kept_scores import SCORES
 from orthoft.recipes.load import RecipeError
 from orthoft.recipes.models import adapter_config
 from orthoft.recipes.schema import Again, Merge, Recipe
 
 RESULTS, RECIPE = "results.json", "recipe.yaml"
 MADE_OF_EXPERTS = ("merged", "merged-lora", RESULTS)
-OURS = ("experts", "heads", "subspaces", "search", STATISTICS, *MADE_OF_EXPERTS, RECIPE)
+OURS = ("experts", "heads", "subspaces", "search", STATISTICS, SCORES, *MADE_OF_EXPERTS, RECIPE)
+
+SHARDING = ("fsdp", "deepspeed")  # words of training
 
 
 def check(recipe: Recipe) -> None:
@@ -48,6 +51,7 @@ def check(recipe: Recipe) -> None:
     for i, task in enumerate(recipe.tasks):
         attempt(f"tasks[{i}].adapter", partial(_mergeable, recipe, task.adapter, task.kind))
         attempt(f"tasks[{i}].training", partial(training_arguments, recipe, task, Path(recipe.output)))
+    attempt("train_to_merge.penalty", partial(_penalised, recipe))
     if (wanted := recipe.merge) is not None:
         attempt("merge", lambda: wished(wanted, len(recipe.tasks)))
     if mistakes:
@@ -65,11 +69,18 @@ def _mergeable(recipe: Recipe, adapter: Any, kind: str) -> None:
         raise ValueError(f"type {adapter.type!r} cannot be merged, only {', '.join(READERS)} can")
 
 
-def open_output(recipe: Recipe, out: Path, again: Again) -> None:
+def _penalised(recipe: Recipe) -> None:
+    if recipe.train_to_merge is None or recipe.train_to_merge.penalty is None:
+        return
+    if in_parts() or with_deepspeed() or any(task.training.get(word) for task in recipe.tasks for word in SHARDING):
+        raise ValueError("it needs whole weights and gradients, which FSDP and DeepSpeed do not leave: launch with DDP")
+
+
+def open_output(recipe: Recipe, out: Path, again: Again, tasks: Sequence[str] | None = None) -> None:
     """Make the output folder and write the recipe into it; an unfinished run of the same training is taken up again.
 
-    ``again`` says what becomes of a finished run. Overwriting removes what a run writes, and nothing else; keeping the
-    experts removes what was made of them.
+    ``again`` says what becomes of another run, or a finished one. Overwriting removes what a run writes, and nothing
+    else: of a choice of tasks, their experts alone. Keeping the experts removes what was made of them, as both do.
 
     Raises:
         FileExistsError: there is something else, or a finished run, or one that trains otherwise.
@@ -78,9 +89,10 @@ def open_output(recipe: Recipe, out: Path, again: Again) -> None:
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / RECIPE).is_file())):
         raise FileExistsError(f"{out} exists and is not a run of a recipe: choose another output")
     if again != "no":
-        for name in OURS if again == "overwrite" else MADE_OF_EXPERTS:
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for name in OURS if again == "overwrite" and tasks is None else MADE_OF_EXPERTS:
+            _remove(out / name)
+        for name in tasks or () if again == "overwrite" else ():
+            _remove_expert(out / "experts" / name)
     elif (out / RESULTS).is_file():
         raise FileExistsError(
             f"{out} holds a finished run: `orthoft run` with --keep-experts merges anew, --overwrite trains again; "
@@ -92,9 +104,24 @@ def open_output(recipe: Recipe, out: Path, again: Again) -> None:
             before.get(key) != words[key]
             for key in ("base", "dtype", "quantization", "seed", "tasks", "train_to_merge")
         ):
-            raise FileExistsError(f"{out} holds a run of another recipe: give --overwrite, or choose another output")
+            raise FileExistsError(
+                f"{out} holds a run of another recipe: --keep-experts trains only what changed, --overwrite starts "
+                "again; or choose another output"
+            )
     out.mkdir(parents=True, exist_ok=True)
     (out / RECIPE).write_text(yaml.safe_dump(words, sort_keys=False), encoding="utf-8")
+
+
+def _remove_expert(folder: Path) -> None:
+    """Remove all that there is of an expert: its checkpoints, its statistics and its head, too."""
+    forget(folder)
+    head = head_file(folder)
+    for path in (folder, folder.with_name(f".{folder.name}.trainer"), head, head.with_suffix(".json")):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -97,9 +97,10 @@ class Evaluate(Strict):
 
 
 class Quantization(Strict):
-    """How the base is quantised for training and scoring, in the words of transformers' ``BitsAndBytesConfig``.
+    """How models are quantised for training and scoring, in the words of transformers' ``BitsAndBytesConfig``.
 
-    The merge reads the base as it is on disk.
+    The merge reads the base as it is on disk, is written whole, and is scored quantised as the experts are. Four bits
+    compute in the recipe's ``dtype``, or else in the base's, unless ``bnb_4bit_compute_dtype`` says another.
     """
 
     load_in_4bit: bool = False

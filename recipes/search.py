@@ -23,7 +23,7 @@ from orthoft.merging.files.hub import find_folder
 from orthoft.recipes.expert import Ready
 from orthoft.recipes.load import load
 from orthoft.recipes.prepare import check, quiet
-from orthoft.recipes.schema import Merge, Recipe
+from orthoft.recipes.schema import Recipe
 from orthoft.recipes.search_report import (
     BASE,
     JOB,
@@ -38,7 +38,16 @@ from orthoft.recipes.search_report import (
     thin,
     value,
 )
-from orthoft.recipes.search_setup import FOLDER, Aim, open_live, open_study, optuna_module, read_experts, tried_here
+from orthoft.recipes.search_setup import (
+    FOLDER,
+    Aim,
+    open_live,
+    open_study,
+    optuna_module,
+    own_words,
+    read_experts,
+    tried_here,
+)
 from orthoft.recipes.search_space import start, suggest, tidy
 from orthoft.recipes.task_schema import Split
 
@@ -137,6 +146,8 @@ class Search:
         self.candidates, self.notes = tried_here(self.live, aim)
         self.scores = self._ends(aim.rows, "tuning")
         self.valued = self._valued()
+        if recipe.merge is not None and recipe.merge.refit_heads:
+            self.notes.append("merge.refit_heads is left out: every merge is scored with the experts' heads")
         wanted = recipe.merge
         self._always = (
             {} if wanted is None else wanted.model_dump(include={"include", "exclude"}, exclude_defaults=True)
@@ -147,7 +158,8 @@ class Search:
     def _identity(self) -> dict[str, Any]:
         tried = {candidate.method.name: list(candidate.spaces) for candidate in self.candidates}
         marks = {ready.task.name: ready.mark for ready in self.ready}
-        return {**asdict(self.aim), "tried": tried, "experts": marks, "patterns": self._always}
+        told = {"tried": tried, "experts": marks, "patterns": self._always}
+        return {**asdict(self.aim), **told, "metrics": self.metrics, "dtype": self.recipe.export.dtype}
 
     def _valued(self) -> list[str]:
         """Return the tasks that the objective has a number for."""
@@ -279,9 +291,3 @@ class Search:
         self.say(f"\n{found.best.name} is the best; as a section of a recipe:\n\n{section}\n")
         self.say(f"results: {self.out / RESULT}, pictures: {self.out / PAGE}")
         self.say(f"to write the model: orthoft merge {self.out / JOB}")
-
-
-def own_words(wanted: Merge, tasks: int) -> dict[str, Any]:
-    """Return the recipe's own merge in the words of a trial."""
-    words = wanted.model_dump(exclude_unset=True) | {"weights": wanted.task_weights(tasks)}
-    return {key: one for key, one in words.items() if one is not None}

@@ -91,14 +91,7 @@ class Found:
 
     def job(self, output: Path) -> dict[str, Any]:
         """Return the best merge as ``orthoft merge`` reads it."""
-        words = {key: value for key, value in self.best.words.items() if key != "weights"}
-        weights = self.best.words.get("weights") or [1.0] * len(self.tasks)
-        sources = [
-            {"path": folder, "name": task, "weight": weight}
-            for (task, folder), weight in zip(self.experts.items(), weights, strict=True)
-        ]
-        target = {"output": str(output), "seed": self.seed} | ({"dtype": self.dtype} if self.dtype else {})
-        return {"base": self.base, "sources": sources, **target, **words}
+        return job(self.base, self.experts, self.best.words, output, self.seed, self.dtype)
 
     def save(self, folder: Path) -> None:
         """Write ``search.json``, ``search.html`` and ``merge.yaml``."""
@@ -116,6 +109,25 @@ class Found:
         for split, values in kept.items():
             rows.append([split, *("-" if value is None else f"{value:.0%}" for value in values.values())])
         return aligned(rows)
+
+
+def job(
+    base: str,
+    experts: Mapping[str, str],
+    words: Mapping[str, Any],
+    output: Path,
+    seed: int,
+    dtype: str | None,
+    statistics: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Return a merge of experts, folders by task, in the words of a trial, as ``orthoft merge`` reads it."""
+    weights = words.get("weights") or [1.0] * len(experts)
+    sources = [
+        {"path": folder, "name": task, "weight": weight} | ({"statistics": statistics[task]} if statistics else {})
+        for (task, folder), weight in zip(experts.items(), weights, strict=True)
+    ]
+    target = {"output": str(output), "seed": seed} | ({"dtype": dtype} if dtype else {})
+    return {"base": base, "sources": sources, **target, **{key: words[key] for key in words if key != "weights"}}
 
 
 def by_task(scores: Scores, metrics: Metrics, objective: Objective) -> dict[str, float | None]:

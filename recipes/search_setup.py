@@ -18,7 +18,7 @@ from orthoft.recipes.head import Head
 from orthoft.recipes.live_merge import LiveMerge, held_bytes
 from orthoft.recipes.models import load_model
 from orthoft.recipes.pipeline import Run
-from orthoft.recipes.schema import Recipe
+from orthoft.recipes.schema import Merge, Recipe
 from orthoft.recipes.search_report import JOB, PAGE, RESULT, Objective
 from orthoft.recipes.search_space import Candidate, candidates
 
@@ -67,6 +67,12 @@ def read_experts(recipe: Recipe, base: Path) -> list[Ready]:
     run.read(recipe.tasks)
     heads = {ready.task.name: run.out / "heads" / f"{ready.task.name}.safetensors" for ready in run.ready}
     return [replace(r, head=Head.load(heads[r.task.name])) if r.data.classes else r for r in run.ready]
+
+
+def own_words(wanted: Merge, tasks: int) -> dict[str, Any]:
+    """Return the recipe's own merge in the words of a trial."""
+    words = wanted.model_dump(exclude_unset=True, exclude={"refit_heads"}) | {"weights": wanted.task_weights(tasks)}
+    return {key: one for key, one in words.items() if one is not None}
 
 
 def open_live(recipe: Recipe, base: Path, memory: float) -> LiveMerge:

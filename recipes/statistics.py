@@ -22,9 +22,11 @@ from tqdm.auto import tqdm
 from orthoft.errors import unknown
 from orthoft.merging.statistics import statistics_file
 from orthoft.recipes.base_weights import adapters_merged, base_parameters, linear_layers
+from orthoft.recipes.gradients import gradients
 
 Batch = dict[str, Any]
 Count = Callable[[int], object]
+BETA = 0.999  # how much of Adam's second moments is left after a step, by default
 Found = TypeVar("Found")
 
 
@@ -68,7 +70,44 @@ def collect(
         sums = makers[kind](model, _first(batches, examples, next(model.parameters()).device), only, count)
     if not seen:
         raise ValueError("there are no examples: the batches are empty")
-    return _save({name: total / seen for name, total in sums.items()}, file, {"kind": kind, "examples": str(seen)})
+    return _save({name: total.div_(seen) for name, total in sums.items()}, file, {"kind": kind, "examples": str(seen)})
+
+
+def adam_moments(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    out: str | Path,
+    *,
+    examples: int = 256,
+    only: Sequence[str] = ("*",),
+    overwrite: bool = False,
+) -> Path:
+    """Write the second moments that Adam would have at this model, see `collect` for the arguments; return the file.
+
+    ``v = (1 - b) sum_s b^(S - s) g_s^2 / (1 - b^S)``, b = 0.999, with the gradient ``g_s`` of the s-th of S batches on
+    which the weight's loss depends, in float32. An adapter's own optimizer has none of the base's weights.
+
+    Raises:
+        ValueError: a model that gives no loss, or no weight that matches.
+        FileExistsError: the file exists.
+    """
+    file = _free(statistics_file(out), overwrite)
+    moments: dict[str, Tensor] = {}
+    steps: Counter[str] = Counter()
+
+    def add(name: str, gradient: Tensor) -> None:
+        if name not in moments:
+            moments[name] = torch.zeros_like(gradient)
+        moments[name].mul_(BETA).addcmul_(gradient, gradient, value=1 - BETA)
+        steps[name] += 1
+
+    with _evaluation(model), adapters_merged(model):
+        found = _wanted(base_parameters(model), only)
+        with gradients(found, add) as backward, torch.enable_grad():
+            for batch in _first(batches, examples, next(model.parameters()).device):
+                backward(_loss(model, batch))
+    kept = {name: moment.div_(1 - BETA ** steps[name]) for name, moment in moments.items()}
+    return _save(kept, file, {"kind": "second_moment", "steps": str(max(steps.values(), default=0))})
 
 
 def from_optimizer(
@@ -112,16 +151,15 @@ def squared_gradients(
         ValueError: the model gives no loss.
     """
     sums: dict[str, Tensor] = {}
+
+    def add(name: str, gradient: Tensor) -> None:
+        sums[name] = sums[name].addcmul_(gradient, gradient) if name in sums else gradient.square()
+
     with adapters_merged(model):
         found = _wanted(base_parameters(model), only)
-        parameters = [parameter for _, parameter in found]
-        with _differentiable(parameters), torch.enable_grad():
+        with gradients(found, add) as backward, torch.enable_grad():
             for example in _one_by_one(batches):
-                gradients = torch.autograd.grad(_loss(model, example), parameters, allow_unused=True)
-                for (name, _), gradient in zip(found, gradients, strict=True):
-                    if gradient is not None:
-                        square = gradient.float().square()
-                        sums[name] = square if name not in sums else sums[name].add_(square)
+                backward(_loss(model, example))
                 count(1)
     return sums
 
@@ -237,15 +275,3 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@contextmanager
-def _differentiable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    before = [parameter.requires_grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, required in zip(parameters, before, strict=True):
-            parameter.requires_grad_(required)

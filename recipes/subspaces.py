@@ -30,7 +30,10 @@ def mean_of_others(covariances: Sequence[Tensor], task: int, general: Tensor | N
     others = [C for s, C in enumerate(covariances) if s != task] + ([] if general is None else [general])
     if not others:
         raise ValueError("a subspace away from the others needs inputs of another task, or of general text")
-    return torch.stack([C.double() for C in others]).mean(0)
+    total = torch.zeros_like(others[0], dtype=torch.float64)
+    for C in others:  # one after the other: side by side they would be as many copies in float64
+        total += C
+    return total.div_(len(others))
 
 
 def osrm(others: Tensor, r: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,6 +77,14 @@ class Adapter(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
     type: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_sets(cls, words: Any) -> Any:
+        """Sets become lists in order: an expert's words are JSON, and the same in every process."""
+        if not isinstance(words, Mapping):
+            return words
+        return {key: sorted(one, key=str) if isinstance(one, set | frozenset) else one for key, one in words.items()}
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -179,6 +188,12 @@ class TaskBase(Strict):
     data: Data
     training: Annotated[dict[str, Any], BeforeValidator(_training)] = Field(default_factory=dict)
     early_stopping: EarlyStopping | None = None
+
+    @model_validator(mode="after")
+    def _loss_is_that_of_the_model(self) -> TaskBase:
+        if self.training.get("label_smoothing_factor") and self.kind != "causal-lm":
+            raise ValueError(f"training.label_smoothing_factor is for tasks of kind causal-lm, got {self.kind}")
+        return self
 
 
 class ProbedTask(TaskBase):

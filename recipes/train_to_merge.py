@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from orthoft.recipes.data import read_file, require
+from orthoft.recipes.expert import fingerprint
 from orthoft.recipes.initialise import NEEDS_INPUTS, choose, covariances, weights_of
 from orthoft.recipes.keep_away import KeepAway, root
 from orthoft.recipes.kinds import Example, Kind, kind_of
@@ -20,6 +22,7 @@ from orthoft.recipes.rehearse import adapter_ranks
 from orthoft.recipes.schema import Recipe, TrainToMerge
 from orthoft.recipes.subspaces import mean_of_others
 
+MARK = "subspaces.json"  # beside them, when all are there: the fingerprint of what they were chosen from
 SHARE = 0.25  # of the free memory, for the covariances that are held at once
 
 
@@ -62,11 +65,29 @@ def save_subspaces(recipe: Recipe, base: Path, folder: Path, room: int | None = 
             for own, more in zip(chosen, rows, strict=True):
                 own |= more
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).unlink(missing_ok=True)
     for task, rows_of, roots_of in zip(recipe.tasks, chosen, roots, strict=True):
         if wanted.penalty is not None:
             save_file(roots_of, folder / f"{task.name}.others.safetensors")
         if wanted.method is not None:
             save_file(rows_of, folder / f"{task.name}.safetensors", {"method": wanted.method})
+    (folder / MARK).write_text(json.dumps({"fingerprint": _mark(recipe, base)}) + "\n", encoding="utf-8")
+
+
+def chosen_before(recipe: Recipe, base: Path, folder: Path) -> bool:
+    """Say whether a folder has the subspaces of this recipe, all of them, from these data and this base."""
+    file, wanted = folder / MARK, recipe.train_to_merge
+    assert wanted is not None
+    endings = [".safetensors"] * (wanted.method is not None) + [".others.safetensors"] * (wanted.penalty is not None)
+    if not all((folder / f"{task.name}{ending}").is_file() for task in recipe.tasks for ending in endings):
+        return False
+    told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return bool(told.get("fingerprint") == _mark(recipe, base))
+
+
+def _mark(recipe: Recipe, base: Path) -> str:
+    """Return the fingerprint of the first task's expert: kept apart from the others, it depends on the data of all."""
+    return fingerprint(recipe, recipe.tasks[0], base)
 
 
 def _seen(
@@ -79,7 +100,7 @@ def _seen(
         yield list(weights), [], None
         return
     kinds = [kind_of(task, base) for task in recipe.tasks]
-    examples = [kind.data(recipe.seed).train[: wanted.rows] for kind in kinds]
+    examples = [kind.alone(kind.data(recipe.seed).train)[: wanted.rows] for kind in kinds]
     general = None if wanted.general is None else kinds[0].texts(_texts(wanted.general, wanted.rows))
     groups = _groups(weights, room or _room(len(kinds) + (general is not None), next(model.parameters()).device))
 

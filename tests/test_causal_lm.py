@@ -11,6 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny import WORDS, save_llama, write_rows
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
@@ -19,6 +22,8 @@ from orthoft.recipes import RecipeError, load, run
 from orthoft.recipes.kinds import kind_of
 from orthoft.recipes.kinds.causal_lm import CausalLanguageModel
 from orthoft.recipes.kinds.packing import best_fit, keeps_apart, packed, unpacked
+from orthoft.recipes.measure import measure
+from orthoft.recipes.statistics import collect
 
 Words = dict[str, Any]
 Rows = list[Words]
@@ -258,7 +263,7 @@ def test_who_asks_for_batches_sees_packed_examples_one_by_one(base: Path, tmp_pa
     task = kind(base, tmp_path, of_any_length(24, 0), packing=True)
     data = task.data(0)
     alone = [(row["input_ids"], row["labels"]) for row in data.tuning]
-    assert sorted((one["input_ids"], one["labels"]) for row in data.train for one in unpacked(row)) == sorted(alone)
+    assert [(one["input_ids"], one["labels"]) for one in task.alone(data.train)] == alone  # in the same order
     batches = list(task.batches(data.train, 5, "x"))
     assert sum(len(batch["input_ids"]) for batch in batches) == 24
     assert all("attention_mask" in batch for batch in batches)
@@ -277,7 +282,22 @@ def test_a_model_that_would_let_examples_see_each_other_is_refused(base: Path, t
 def test_the_first_token_of_a_packed_example_follows_none() -> None:
     examples = [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3, 4, 5], "labels": [3, 4, 5]}]
     (row,) = packed(examples, 5)
-    assert row == {"input_ids": [1, 2, 3, 4, 5], "labels": [IGNORED, 2, IGNORED, 4, 5], "lengths": [2, 3]}
+    assert (row["input_ids"], row["labels"]) == ([1, 2, 3, 4, 5], [IGNORED, 2, IGNORED, 4, 5])
+    assert unpacked([row])[0] == {"input_ids": [1, 2], "labels": [IGNORED, 2]}
+
+
+def test_statistics_are_of_the_first_examples_and_not_of_the_first_rows(base: Path, tmp_path: Path) -> None:
+    words = recipe(base, tmp_path, of_any_length(24, 0), packing=True, training={"max_steps": 1})
+    run(words, until="finetune")
+    file = measure(words, ["evaluate.batch_size=3"], "gram", examples=4, only=["*q_proj*"])["files"]["a"]
+    task = kind_of(load(words).tasks[0], base)
+    expert = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "out/experts/a"))
+    first = [task.collate([example]) for example in task.data(0).tuning[:4]]  # the same rows, which are not packed
+    want = collect(expert, first, "gram", tmp_path, only=["*q_proj*"], progress=False)
+    for mine, theirs in zip(load_file(file).values(), load_file(want).values(), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+    with safe_open(file, "pt") as found:
+        assert found.metadata() == {"kind": "gram", "examples": "4"}
 
 
 # Answers
@@ -301,6 +321,21 @@ def test_answers_in_a_batch_are_those_one_by_one(base: Path, tmp_path: Path) -> 
     scores = task.score(model, None, examples, 5, "x")
     assert scores["exact_match"] == 3 / 12
     assert 3 / 12 <= scores["f1"] < 1
+
+
+def test_a_chat_whose_last_answer_is_cut_off_is_not_asked(base: Path, tmp_path: Path) -> None:
+    rows = [{"messages": CHAT[:2]}, {"messages": CHAT}]  # 7 tokens; 11 up to its last answer
+    task = kind(base, tmp_path, rows, generate=True, block_size=10)
+    data = task.data(0)
+    assert {len(row["input_ids"]): row["answer"] for row in data.test} == {7: 5, 10: None}
+    assert task.about(data) == "7 to 10 tokens; 2 whose last answer is cut off not asked"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    (short,) = (row for row in data.test if len(row["input_ids"]) == 7)
+    short["target"] = task.written(model, [short["input_ids"][:5]])[0]
+    for size in (1, 2):
+        assert task.score(model, None, data.test, size, "x")["exact_match"] == 1
+    with pytest.raises(ValueError, match="a tuning: no row's last answer begins among its first 10 tokens: raise blo"):
+        kind(base, tmp_path, rows[1:], generate=True, block_size=10).data(0)
 
 
 @pytest.mark.parametrize("form", ["completion", "chat"])

@@ -18,6 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
+from orthoft.recipes import load
+from orthoft.recipes.merge_job import load_job
+
 NAME = "encoder.layer.0.attention.self.query.weight"
 ROWS = 5
 
@@ -103,6 +106,31 @@ def test_the_command_that_is_printed_merges(
     assert f"12 weights merged by {method}" in capsys.readouterr().out
     report = json.loads((folder / "out" / f"merged-{method}" / "report.json").read_text(encoding="utf-8"))
     assert [source["statistics"] for source in report["config"]["sources"]] == list(told["files"].values())
+
+
+def test_the_merge_that_is_written_is_the_recipes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merge = {"method": "fisher", "params": {"epsilon": 1e-5}, "weights": [1.0, 3.0], "scale": 0.5, "rescale": "weight"}
+    merge |= {"exclude": ["*pooler*"], "overrides": {"*query*": {"scale": 0.1}}, "refit_heads": True}
+    changes = [f"merge={json.dumps(merge)}", "export.dtype=bfloat16"]
+    more = [word for change in changes for word in ("--set", change)]
+    told = measured(folder, capsys, "--out", str(tmp_path), "--only", "*query*", *more)
+    assert told["command"] == f"orthoft merge {tmp_path / 'merge-fisher.yaml'}"
+    words = load_job(tmp_path / "merge-fisher.yaml").arguments()
+    checked = load(folder / "recipe.yaml", changes)
+    assert checked.merge is not None
+    assert {key: words[key] for key in checked.merge.words()} == checked.merge.words()
+    assert words["weights"] == [1.0, 3.0]
+    assert words["statistics"] == told["files"]
+    assert (words["base"], words["dtype"], words["seed"]) == (str(folder / "bert"), "bfloat16", 0)
+    assert words["sources"] == [(name, str(folder / "out" / "experts" / name)) for name in "ab"]
+    alone = tmp_path / "alone"
+    measured(folder, capsys, "--out", str(alone), "--only", "*query*", "--task", "b", *more)
+    assert load_job(alone / "merge-fisher.yaml").arguments()["weights"] == [3.0]
+    measured(folder, capsys, "--out", str(alone), "--only", "*query*", "--kind", "gram", *more)
+    other = load_job(alone / "merge-gram.yaml")  # the recipe's method does not take these
+    assert (other.method, other.scale, other.exclude) == ("regmean", 1.0, ["*pooler*"])
 
 
 def test_what_was_measured_is_not_replaced(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

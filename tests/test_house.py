@@ -18,6 +18,7 @@ FLOORS = [
     "citations",
     "loading",
     "linalg",
+    "reflections",
     "krylov",
     "bases",
     "givens",

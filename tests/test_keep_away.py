@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from tiny import Net
+from tiny import Net, save_llama, save_t5
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from orthoft.recipes.keep_away import KeepAway, root
+from orthoft.recipes.kinds.seq2seq import Writer
+from orthoft.recipes.models import load_model
+from orthoft.recipes.schema import Quantization
 
 NAME = "lin.weight"
 
@@ -48,6 +53,16 @@ def test_the_root_gives_the_covariance_again() -> None:
     assert torch.linalg.matrix_norm(C - least @ least.mT, 2) == pytest.approx(float(values[-4]), rel=1e-4)
 
 
+def test_the_root_of_many_inputs_takes_no_whole_spectrum(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(600, 600, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    C = x.mT @ (x * torch.logspace(0, -12, 600, dtype=torch.float64)[:, None])
+    values, vectors = torch.linalg.eigh(C)
+    monkeypatch.delattr(torch.linalg, "eigh")
+    L = root(C, 8).double()
+    best = (vectors[:, -8:] * values[-8:]) @ vectors[:, -8:].mT
+    assert torch.linalg.matrix_norm(L @ L.mT - best) < 1e-5 * values[-1]
+
+
 def test_the_penalty_is_the_share_of_the_output_that_changes() -> None:
     model, C = adapted(), covariance()
     A, B = factors(model)
@@ -78,6 +93,44 @@ def test_rows_that_are_frozen_get_no_gradient() -> None:
     callback.on_pre_optimizer_step(None, None, None)
     assert A.grad is None
     assert B.grad.abs().sum() > 0
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("words", [{"load_in_8bit": True}, {"load_in_4bit": True}], ids=["8 bits", "4 bits"])
+def test_a_quantised_base_has_the_penalty_of_its_weights(words: dict[str, bool], tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    name, terms = "model.layers.0.self_attn.q_proj.weight", list[float]()
+    for quantization in (None, Quantization(**words)):
+        torch.manual_seed(0)
+        base = load_model("causal-lm", tmp_path, "float32", quantization)
+        config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        callback = KeepAway({name: torch.eye(32)[:, :5].contiguous()}, 3.0)
+        callback.on_train_begin(None, None, None, model=peft.get_peft_model(base, config))
+        terms.append(callback.penalty())
+    assert terms[1] == pytest.approx(terms[0], rel=0.2)
+
+
+def test_a_weight_whose_inputs_come_first() -> None:
+    torch.manual_seed(0)
+    conv = Conv1D(5, 8)
+    model = peft.get_peft_model(
+        Net(conv), peft.LoraConfig(target_modules=["lin"], init_lora_weights=False, fan_in_fan_out=True)
+    )
+    A, B = factors(model)
+    L = root(covariance())
+    share = (B @ A @ L).square().sum() / (conv.weight.mT @ L).square().sum()
+    assert begun(model).penalty() == pytest.approx(share.item(), rel=1e-4)
+
+
+def test_a_model_that_writes_is_found_inside_its_wrapper(tmp_path: Path) -> None:
+    save_t5(tmp_path)
+    config = peft.LoraConfig(target_modules=["q"], task_type="SEQ_2_SEQ_LM", init_lora_weights=False)
+    model = Writer(peft.get_peft_model(load_model("seq2seq", tmp_path, None), config))
+    roots = {f"{side}.block.1.layer.0.SelfAttention.q.weight": torch.eye(32) for side in ("encoder", "decoder")}
+    callback = KeepAway(roots, 3.0)
+    callback.on_train_begin(None, None, None, model=model)
+    assert len(callback.held) == 2
+    assert callback.penalty() > 0
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from kind_cases import CASES, Case
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    ConvNextConfig,
+    ConvNextModel,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetModel,
+    RobertaTokenizer,
+    SwinConfig,
+    SwinModel,
+)
 
-from orthoft.recipes import load
+from orthoft.recipes import RecipeError, load, run
 from orthoft.recipes.data import read_file
 from orthoft.recipes.expert import fingerprint
 from orthoft.recipes.head import Head
@@ -35,6 +48,46 @@ def test_a_word_is_judged_at_its_first_token(laid_out: Callable[[Case], Path], t
     rows = [{"tokens": ["w1", "w2-w3", "w4"], "tags": ["O", "B-x", "I-x"]}]  # the middle one is three tokens
     (example,) = kind.examples(rows, ["B-x", "I-x", "O"], "test")
     assert example["labels"] == [2, 0, -100, -100, 1]
+
+
+def byte_level(folder: Path, pre: pre_tokenizers.PreTokenizer | None = None) -> Path:
+    """Save a byte-level tokenizer that knows some words with a space in front."""
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre or level
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=level.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(["w1 w2 lives in Paris, in Paris"] * 9, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="!").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["plain", "in a sequence", "roberta"])
+def test_words_are_read_as_in_a_sentence(name: str, laid_out: Callable[[Case], Path], tmp_path: Path) -> None:
+    words = load(CASES[1].recipe(laid_out(CASES[1]), tmp_path / "out")).tasks[0]
+    level, digits = pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.Digits()
+    base = byte_level(tmp_path / "base", pre_tokenizers.Sequence([digits, level]) if "sequence" in name else None)
+    if name == "roberta":
+        model = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        RobertaTokenizer(model["vocab"], [tuple(pair) for pair in model["merges"]]).save_pretrained(base)
+    kind, row = kind_of(words, base), ["Ann", "lives", "in", "Paris", "w12"]
+    (example,) = kind.examples([{"tokens": row, "tags": ["O"] * 5}], ["B-x", "O"], "test")
+    assert example["input_ids"] == kind.processor(f" {' '.join(row)}")["input_ids"]
+    starts = [i for i, label in enumerate(example["labels"]) if label == 1]
+    begun = kind.processor.convert_ids_to_tokens([example["input_ids"][i] for i in starts])
+    assert len(begun) == 5
+    assert all(token.startswith("\u0120") for token in begun)
+    assert kind.reading()["before each word"] == " "
+
+
+def test_a_tokenizer_that_reads_words_otherwise_is_refused(laid_out: Callable[[Case], Path], tmp_path: Path) -> None:
+    words = load(CASES[1].recipe(laid_out(CASES[1]), tmp_path / "out")).tasks[0]
+    whole = tmp_path / "base"
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))  # takes a sentence for one word
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[UNK]").save_pretrained(whole)
+    with pytest.raises(
+        ValueError, match=r"a: the tokenizer of .* reads words one by one otherwise than in a sentence: ta"
+    ):
+        kind_of(words, whole)
 
 
 @pytest.mark.parametrize("form", ["bytes", "cell", "picture"])
@@ -68,6 +121,29 @@ def test_a_picture_is_turned_upright_and_a_cut_one_refused(laid_out: Callable[[C
         kind.examples([{"image": file.getvalue()[:60], "label": "disc"}], ["cross", "disc"], "test")
 
 
+CONVOLUTIONAL: list[Callable[[], Any]] = [
+    lambda: ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")),
+    lambda: ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2)),
+    lambda: SwinModel(SwinConfig(image_size=16, embed_dim=8, depths=[1], num_heads=[2], window_size=2)),
+]
+
+
+@pytest.mark.parametrize("make", CONVOLUTIONAL, ids=["resnet", "convnext", "swin"])
+def test_pictures_come_in_the_type_of_the_model(
+    make: Callable[[], Any], laid_out: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    recipe = load(CASES[2].recipe(laid_out(CASES[2]), tmp_path / "out"))
+    kind = kind_of(recipe.tasks[0], Path(recipe.base))
+    batch = kind.collate(kind.data(0).test[:4])
+    torch.manual_seed(0)
+    model = make().eval()
+    wide = kind.features(model, batch)
+    half = kind.features(model.bfloat16(), kind.inputs(model, batch))
+    assert half.dtype == torch.float32
+    assert torch.allclose(kind.features(model, batch), half)
+    assert (wide - half).norm() < 0.1 * wide.norm()
+
+
 def test_an_expert_depends_on_what_its_pictures_show(
     laid_out: Callable[[Case], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +174,46 @@ def test_targets_end_and_prefixes_stand_in_front(laid_out: Callable[[Case], Path
     assert second["labels"] == [*ids(["w5", "w6"]), 2]
     batch = kind.collate([first, second])
     assert batch["decoder_attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.csv", "text,label\nw1,x\n"), ("a.jsonl", '{"text": "w1", "label": "x"}\n')]
+)
+def test_a_file_may_begin_with_a_mark_of_its_encoding(name: str, text: str, tmp_path: Path) -> None:
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / name).write_text(text, encoding=encoding)
+        assert read_file(tmp_path / name) == [{"text": "w1", "label": "x"}]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{case.kind}-{case.architecture}" for case in CASES])
+def test_labels_are_smoothed_by_the_model_of_transformers_alone(
+    case: Case, laid_out: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    words = case.recipe(laid_out(case), tmp_path / "out")
+    words["defaults"]["training"] |= {"label_smoothing_factor": 0.1, "max_steps": 1}
+    if case.kind == "causal-lm":
+        assert run(words, until="finetune")["experts"]["a"]["losses"]
+        return
+    with pytest.raises(RecipeError) as error:
+        load(words)
+    wanted = f"tasks[0]: training.label_smoothing_factor is for tasks of kind causal-lm, got {case.kind}"
+    assert str(error.value).splitlines()[0] == wanted
+
+
+def test_a_set_of_names_is_a_list_in_order(laid_out: Callable[[Case], Path], tmp_path: Path) -> None:
+    words = CASES[0].recipe(laid_out(CASES[0]), tmp_path / "out")
+    words["defaults"]["training"]["max_steps"] = 1
+    marks = []
+    for names in ({"value", "query"}, ["query", "value"]):
+        words["defaults"]["adapter"] = {"type": "lora", "r": 2, "target_modules": names}
+        recipe = load(words)
+        assert recipe.tasks[0].adapter.fields["target_modules"] == ["query", "value"]
+        marks.append(fingerprint(recipe, recipe.tasks[0], Path(recipe.base)))
+    assert marks[0] == marks[1]
+    words["defaults"]["adapter"]["target_modules"] = {"query", "value"}
+    run(words, until="finetune")
+    told = json.loads((tmp_path / "out" / "experts" / "a" / "expert.json").read_text(encoding="utf-8"))
+    assert told["adapter"]["target_modules"] == ["query", "value"]
 
 
 def test_classes_of_datasets_have_their_names(tmp_path: Path) -> None:

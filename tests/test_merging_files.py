@@ -128,6 +128,7 @@ def test_merging_reads_files_by_itself() -> None:
         "orthoft.givens",
         "orthoft.linalg",
         "orthoft.loading",
+        "orthoft.reflections",
         "orthoft.sparse",
     }
     others = {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names)

@@ -15,10 +15,12 @@ import torch
 from merging_files import TARGETS, save_base, save_lora
 from transformers import AutoModelForCausalLM
 
-from orthoft.delta import Rotated, SubspaceRotated
+from orthoft.delta import Dense, Rotated, SubspaceRotated
 from orthoft.merging import merge
-from orthoft.merging.deltas import moved
+from orthoft.merging.deltas import OnDevice, moved
+from orthoft.merging.files.tensors import TensorFolder
 from orthoft.merging.ranks import Ranks, open_ranks, pick_device
+from orthoft.merging.sources.rows import Replaced
 
 WORKER = """
 import json, os, sys, torch
@@ -186,3 +188,17 @@ def test_rotations_that_are_moved_stay_rotations() -> None:
         assert type(there) is type(delta)
         assert there.shape == delta.shape
         assert there.dense().device.type == "meta"
+
+
+def test_a_checkpoint_that_merges_by_rows_is_moved_by_rows(done: tuple[Path, list[dict[str, Any]]]) -> None:
+    base = TensorFolder(done[0] / "base")
+    name = next(name for name in base if len(base.shape(name)) == 2)
+    weight, meta = base[name], torch.device("meta")
+    read = Replaced(base, name, weight, name)
+    there = moved(read, meta, by_rows=True)
+    assert isinstance(there, OnDevice)
+    assert there.inner is read
+    assert there.shape == weight.shape
+    assert there.rows(1, 3).shape == (2, weight.shape[1])
+    assert there.rows(1, 3).device == there.dense().device == meta
+    assert isinstance(moved(read, meta), Dense)

@@ -21,6 +21,8 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
@@ -99,6 +101,54 @@ def test_a_merged_lora_is_named_as_the_loaded_model(made: Path) -> None:
     wanted = summed(made)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, wanted[name])
+
+
+def lora_of(made: Path, sources: list[Path]) -> None:
+    """Merge sources, one of which is a checkpoint that changes q_proj: PEFT loads all of the merged LoRA."""
+    name = kind_of(made)
+    merge(made / "base", sources, made / "whole", method="task_arithmetic")
+    report = merge(made / "base", sources, made / "out", method="task_arithmetic", output="lora", rank=32)
+    model = PeftModel.from_pretrained(load(name, made / "base"), made / "out")
+    assert sum("lora_A" in key for key, _ in model.named_parameters()) == len(report.merged) > 0
+    found = model.merge_and_unload().state_dict()
+    for key, value in load(name, made / "whole").state_dict().items():
+        if "q_proj.weight" in key:
+            torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_a_lora_of_checkpoints_is_named_as_the_loaded_model(with_adapter: bool, made: Path) -> None:
+    randomised(load(kind_of(made), made / "base"), "q_proj.weight", std=0.05, seed=3).save_pretrained(made / "tuned")
+    lora_of(made, [made / "tuned", *([made / "a"] if with_adapter else [])])
+
+
+def test_a_lora_beside_an_adapter_of_modules_that_are_not_renamed(tmp_path: Path) -> None:
+    randomised(MODELS["vit"]()).save_pretrained(tmp_path / "base")
+    model = get_peft_model(load("vit", tmp_path / "base"), LoraConfig(r=2, target_modules=["classifier"]))
+    randomised(model, "lora_").save_pretrained(tmp_path / "head")
+    tuned = randomised(load("vit", tmp_path / "base"), "q_proj.weight", std=0.05, seed=3)
+    tuned.save_pretrained(tmp_path / "tuned")
+    lora_of(tmp_path, [tmp_path / "head", tmp_path / "tuned"])
+
+
+def test_a_lora_lists_what_loading_fuses(tmp_path: Path) -> None:
+    config = MixtralConfig(**TEXT, num_local_experts=2)
+    randomised(MixtralForCausalLM(config)).save_pretrained(tmp_path / "base")
+    randomised(MixtralForCausalLM(config), seed=1).save_pretrained(tmp_path / "tuned")
+    report = merge(
+        tmp_path / "base",
+        [tmp_path / "tuned"],
+        tmp_path / "out",
+        method="mean",
+        output="lora",
+        rank=32,
+        exclude=["*gate*"],
+    )
+    fused = [name for name in load_file(tmp_path / "base" / "model.safetensors") if ".experts.0." in name]
+    assert fused
+    assert all(any(line.startswith(f"{name}:") for line in report.not_carried["output"]) for name in fused)
+    model = PeftModel.from_pretrained(MixtralForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "out")
+    assert sum("lora_A" in key for key, _ in model.named_parameters()) == len(report.merged) > 0
 
 
 def test_a_checkpoint_may_have_either_names(made: Path) -> None:

@@ -386,6 +386,26 @@ def test_interrupted_at_the_very_end_it_goes_on(made: Path, tmp_path: Path, merg
     assert contents(tmp_path / "out") == contents(tmp_path / "want")
 
 
+def test_what_the_base_carries_is_no_journal(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "base", tmp_path / "base")
+    (tmp_path / "base" / "evaluation").mkdir()
+    for name in ("evaluation/answers.jsonl", "answers.jsonl"):
+        (tmp_path / "base" / name).write_text("{}\n", encoding="utf-8")
+    sources = [made / "first", made / "both"]
+    words: Words = {"method": "ties", "progress": False}
+    for _ in range(2):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(engine, "model_card", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                merge(tmp_path / "base", sources, tmp_path / "out", **words)
+    partial = tmp_path / ".out.partial"
+    (partial / "stray").mkdir()
+    (partial / "stray" / "old.jsonl").write_text("{}", encoding="utf-8")
+    merge(tmp_path / "base", sources, tmp_path / "out", **words)
+    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.jsonl")}
+    assert found == {"evaluation/answers.jsonl", "answers.jsonl"}
+
+
 def test_diagnostics_that_are_asked_for_later_are_made(made: Path, tmp_path: Path) -> None:
     interrupt(made, tmp_path / "out", 20, diagnostics=False)
     report = run(made, tmp_path / "out", diagnostics=True)

@@ -30,9 +30,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, BertModel, PreTrainedModel
 
 from orthoft.adapters import GOFTConfig, PSOFTConfig, SVFTConfig
+from orthoft.merging import plan
 from orthoft.merging.files.tensors import TensorFolder
 from orthoft.merging.formats.ours import READERS
 from orthoft.merging.sources.adapter import open_source
+from orthoft.merging.sources.orientation import Orientation
 
 LORAS: dict[str, dict[str, Any]] = {
     "alpha over r": {"lora_alpha": 12},
@@ -244,6 +246,42 @@ def test_ambiguous_names_are_not_guessed(tmp_path: Path) -> None:
     save_adapter(tmp_path / "a", hra, {"x.orthoft_hra_adapter.u": torch.ones(2, 4)})
     with pytest.raises(ValueError, match=r"^source 'a': its names are ambiguous in this base: 'x.weight' may be"):
         open_source("a", tmp_path / "a", TensorFolder(tmp_path / "base"))
+
+
+def looked_up(folder: Path, layers: int, path: str) -> int:
+    """Return how many look-ups of a shape it takes to plan the merge of two checkpoints; one of them is partial."""
+    folder.mkdir()
+    tensors = {}
+    for layer in range(layers):
+        for name, outputs in (("query", 4), ("up", 8)):
+            tensors[path.format(layer) + f".{name}.weight"] = torch.ones(outputs, 4)
+            tensors[path.format(layer) + f".{name}.bias"] = torch.ones(outputs)
+    kept = list(tensors)[::2]
+    for name, held in {"base": tensors, "whole": tensors, "part": {key: tensors[key] for key in kept}}.items():
+        (folder / name).mkdir()
+        save_file(held, folder / name / "model.safetensors")
+    calls: list[str] = []
+    shape = TensorFolder.shape
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TensorFolder, "shape", lambda self, name: calls.append(name) or shape(self, name))
+        assert plan(folder / "base", [folder / "whole", folder / "part"], method="mean").merged.keys() == tensors.keys()
+    return len(calls)
+
+
+@pytest.mark.parametrize("path", ["model.layers.{}", "layer{}.attention"])
+def test_planning_grows_with_the_number_of_tensors_and_no_faster(path: str, tmp_path: Path) -> None:
+    few, many = (looked_up(tmp_path / str(layers), layers, path) for layers in (20, 80))
+    assert many <= 4 * few
+
+
+def test_a_square_weight_is_stored_as_the_nearest_that_tells(tmp_path: Path) -> None:
+    shapes = {"h.0.attn.up": (4, 8), "h.0.attn.out": (4, 4), "g.0.up": (8, 4), "g.0.out": (4, 4), "h.1.plain": (4, 4)}
+    tensors = {f"{name}.weight": torch.ones(shape) for name, shape in shapes.items()}
+    biases = {"h.0.attn.up": 8, "h.0.attn.out": 4, "g.0.up": 8, "g.0.out": 4}
+    tensors |= {f"{name}.bias": torch.ones(size) for name, size in biases.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    says = Orientation(TensorFolder(tmp_path)).inputs_first
+    assert {name: says(f"{name}.weight") for name in shapes} == {name: "attn" in name for name in shapes}
 
 
 ADAPTERS: dict[str, Any] = {

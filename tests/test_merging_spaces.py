@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from orthoft.delta import Delta, Dense, LowRank, Rotated, SubspaceRotated, Transposed
-from orthoft.linalg import householder_factors, rotation_update, series_update, skew
+from orthoft.linalg import rotation_update, series_update, skew
 from orthoft.merging import merge_deltas
 from orthoft.merging.lie_algebra import procrustes
 from orthoft.merging.methods.ties import ties
 from orthoft.merging.spaces.knots import knots
 from orthoft.merging.spaces.rotation import rotation
+from orthoft.reflections import householder_factors
 
 M, N = 10, 12
 WEIGHTS = [0.5, 2.0, 1.5]

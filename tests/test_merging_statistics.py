@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, PreTrainedModel
 
+from orthoft.delta import Dense
 from orthoft.merging import METHODS, merge
 from orthoft.merging.files.tensors import TensorFolder
 from orthoft.merging.methods.fisher import fisher
@@ -23,7 +24,10 @@ from orthoft.merging.methods.frank_wolfe import frank_wolfe
 from orthoft.merging.methods.ota import ota
 from orthoft.merging.methods.regmean import regmean
 from orthoft.merging.statistics import STATISTICS_OF, open_statistics, statistics_of_tasks
-from orthoft.recipes.statistics import collect, from_optimizer
+from orthoft.merging.weightwise import merge_weight
+from orthoft.merging.wish import wish_for
+from orthoft.recipes.gradients import gradients
+from orthoft.recipes.statistics import adam_moments, collect, from_optimizer
 
 T, M, N = 3, 5, 7
 WEIGHTS = [0.5, 2.0, 1.5]
@@ -227,6 +231,27 @@ def test_wrong_parameters_are_told_in_one_line(call: Callable[[Tensor], Tensor],
         call(some_tasks()[0])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+class ByRows(Dense):
+    """A change that is never asked for as a whole."""
+
+    def dense(self) -> Tensor:
+        raise AssertionError("the whole task was made dense")
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.d[start:stop]
+
+
+def test_fisher_goes_through_large_weights_in_slices_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(0)
+    x, numbers = torch.randn(3, 12, 9, generator=random), torch.rand(3, 12, 9, generator=random)
+    want = METHODS["fisher"].merge(x, torch.ones(3), statistics=[*numbers])
+    choice = wish_for(3, method="fisher").choice([None] * 3, vector=False)
+    monkeypatch.setattr("orthoft.merging.weightwise.SLICE", 5 * 9)
+    got = merge_weight([ByRows(task) for task in x], choice, None, torch.Generator(), [*numbers])
+    torch.testing.assert_close(got.delta.dense(), want)
+    assert got.task_norms == pytest.approx(torch.linalg.vector_norm(x, dim=(1, 2)).tolist())
 
 
 # The files
@@ -482,6 +507,64 @@ def test_second_moments_of_adam(tmp_path: Path) -> None:
     for name in trained:
         want = (0.8 * gradients[0][name] ** 2 + gradients[1][name] ** 2) / 1.8
         assert relative(got[name], want) < 1e-5
+
+
+def test_second_moments_at_a_model_are_those_of_adam(tmp_path: Path) -> None:
+    model, batches = language_model("gpt2"), token_batches()
+    adam = torch.optim.Adam(model.parameters(), lr=0.0)
+    for batch in [batches[0], {key: value[:1] for key, value in batches[1].items()}]:
+        adam.zero_grad()
+        model(**batch).loss.backward()
+        adam.step()
+    count = len(batches[0]["input_ids"]) + 1  # the second batch is cut
+    want, got = from_optimizer(adam, model, tmp_path / "a"), tmp_path / "b"
+    before = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    found, wanted = load_file(adam_moments(model, batches, got, examples=count)), load_file(want)
+    assert found.keys() == wanted.keys()
+    assert all(relative(found[name], wanted[name]) < 1e-5 for name in wanted)
+    opened = open_statistics(got, TensorFolder(save_base(tmp_path / "base", "gpt2")))
+    assert opened.metadata == {"kind": "second_moment", "steps": "2"}
+    assert all(torch.equal(parameter.grad, before[name]) for name, parameter in model.named_parameters())
+
+
+class Slope(nn.Module):
+    """A loss whose gradient is its input."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, dtype=dtype))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"loss": (self.weight * x.to(self.weight.dtype)).sum()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_second_moments_of_models_in_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    gradient = torch.tensor([[2.0**-11, 2.0**-12]])  # whose squares are no numbers of float16
+    file = adam_moments(Slope(dtype), [{"x": gradient}] * 1000, tmp_path, examples=1000)
+    assert torch.allclose(load_file(file)["weight"], gradient[0].square(), rtol=1e-4)
+
+
+def test_gradients_come_one_at_a_time() -> None:
+    model, batch = language_model("gpt2"), token_batches()[0]
+    found = list(model.named_parameters())[:5]
+    mine = found[0][1].requires_grad_(False)
+    mine.grad = torch.ones_like(mine)
+    seen = {}
+
+    def use(name: str, gradient: Tensor) -> None:
+        assert all(parameter.grad is None for parameter in model.parameters())
+        seen[name] = gradient
+
+    with gradients(found, use) as backward:
+        backward(model(**batch).loss)
+    assert seen.keys() == dict(found).keys()
+    assert not mine.requires_grad
+    assert torch.equal(mine.grad, torch.ones_like(mine))
+    model.zero_grad()
+    mine.requires_grad_(True)
+    model(**batch).loss.backward()
+    assert all(relative(seen[name], parameter.grad) < 1e-6 for name, parameter in found)
 
 
 def test_the_collector_tells_what_is_wrong(tmp_path: Path) -> None:

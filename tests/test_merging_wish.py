@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,36 @@ def test_an_override_of_a_parameter_and_of_the_space(made: Path) -> None:
             assert (item.space.name, item.choice.params["density"]) == ("core", 0.9)
         elif name.endswith(".weight"):
             assert (item.space.name, item.choice.params["density"]) == ("full", 0.3)
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "message"),
+    [
+        ("karcher", {"a": 0.0, "b": 0.0}, "not all"),
+        ("fisher", {"a": -1.0}, "weights of 0 or more"),
+    ],
+)
+def test_weights_of_an_override_are_tried_before_the_merge(
+    method: str, weights: dict[str, float], message: str, made: Path
+) -> None:
+    words: Words = {"method": method, "overrides": {"*.layer.1.*query.weight": {"weights": weights}}}
+    with pytest.raises(ValueError, match=r"^weight 'encoder\.layer\.1\.attention\.self\.query\.weight': ") as caught:
+        plan(made / "base", [made / "a", made / "b"], **words)
+    assert message in str(caught.value)
+
+
+def test_a_delta_tells_the_norms_under_the_weights_of_overrides(made: Path, tmp_path: Path) -> None:
+    """OPCM brings the model to the mean norm of the weighted tasks: the saved norms have that mean."""
+    words: Words = {"method": "opcm", "output": "delta", "progress": False}
+    overrides = {"*.query.weight": {"weights": {"a": 3.0}}, "*.layer.0.*": {"weights": {"b": 0.25}}}
+    report = merge(made / "base", [made / "a", made / "b"], tmp_path / "out", overrides=overrides, **words)
+    told = json.loads((tmp_path / "out" / "delta_config.json").read_text(encoding="utf-8"))
+    whole = sum(entry.norm**2 for entry in report.merged) ** 0.5
+    assert sum(told["task_norms"]) / 2 == pytest.approx(whole)
+    with pytest.raises(ValueError, match=r"^weight .*: the result of an OPCM merge goes on with weight 1, got 2.0"):
+        plan(
+            made / "base", [tmp_path / "out", made / "b"], method="opcm", overrides={"*query*": {"weights": {"out": 2}}}
+        )
 
 
 def test_scale_and_rescale_reach_every_weight(made: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from orthoft.recipes.expert import fingerprint
 from orthoft.recipes.export_check import export_check
 from orthoft.recipes.finetune import OrthoTrainer
 from orthoft.recipes.head import Head, fit_probe, pooled
+from orthoft.recipes.kept_scores import KeptScores
 from orthoft.recipes.kinds import kind_of
 from orthoft.recipes.kinds.probed import Classifier
 from orthoft.recipes.models import adapter_config, load_model
@@ -499,6 +500,106 @@ def test_a_finished_run_merges_anew_and_trains_what_changed(models: Path, tmp_pa
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == again
     with pytest.raises(ValueError, match="give one of them"):
         run(words, keep_experts=True, overwrite=True)
+
+
+def test_a_chosen_expert_is_trained_again_and_the_others_stay(models: Path, tmp_path: Path) -> None:
+    out, lines = tmp_path / "out", list[str]()
+    words = classification(models, out, max_steps=2)
+    run(words)
+    for folder in ("statistics", "search"):
+        (out / folder).mkdir()
+    for file in ("statistics/a-gram.safetensors", "statistics/b-gram.safetensors", "search/search.journal"):
+        (out / file).touch()
+    written = {name: (out / "experts" / name / "adapter_model.safetensors").stat().st_mtime_ns for name in ("a", "b")}
+    run(words, until="finetune", tasks=["a"], overwrite=True, say=lines.append)
+    again = {name: (out / "experts" / name / "adapter_model.safetensors").stat().st_mtime_ns for name in ("a", "b")}
+    assert again["a"] > written["a"]
+    assert again["b"] == written["b"]
+    assert not any("reused" in line for line in lines)
+    assert {file.name for file in (out / "heads").iterdir()} == {
+        f"{name}.{kind}" for name in ("a", "b") for kind in ("safetensors", "json")
+    }
+    assert {file.name for file in (out / "statistics").iterdir()} == {"b-gram.safetensors"}
+    assert (out / "search" / "search.journal").is_file()
+    assert not (out / "results.json").exists()  # of an expert that is no more
+    lines.clear()
+    run(words, say=lines.append)
+    assert sum("reused" in line for line in lines) == 2
+
+
+def test_a_changed_task_of_an_unfinished_run_leaves_the_other_experts(models: Path, tmp_path: Path) -> None:
+    words, lines = classification(models, tmp_path / "out", max_steps=2), list[str]()
+    run(words, until="finetune")
+    words["tasks"][0]["training"] = {"max_steps": 3}
+    with pytest.raises(FileExistsError, match="another recipe: --keep-experts trains only what changed, --overwrite"):
+        run(words, until="finetune")
+    told = run(words, until="finetune", keep_experts=True, say=lines.append)
+    assert [line for line in lines if "reused" in line] == [f"  reused {tmp_path / 'out' / 'experts' / 'b'}"]
+    assert told["experts"]["a"]["steps"] == 3
+
+
+# Scores of a run that was broken off
+
+
+class Broken(RuntimeError):
+    """What stops a run midway."""
+
+
+def broken_off_at(count: int, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a recipe up to a model that it loads to score it, at which it breaks."""
+    left = count
+
+    def load(*args: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Broken
+        return load_model(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orthoft.recipes.pipeline.load_model", load)
+        with pytest.raises(Broken):
+            run(words, keep_experts=True)
+
+
+def test_scores_outlive_a_run_that_is_broken_off(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = language(models, tmp_path / "out")
+    words["defaults"]["training"]["max_steps"] = 2
+    whole, lines = run(words), list[str]()
+    broken_off_at(2, words, monkeypatch)
+    assert not (tmp_path / "out" / "results.json").exists()
+    broken_off_at(2, words, monkeypatch)  # base and the first expert are known: it comes to the merged LoRA
+    again = run(words, say=lines.append)
+    assert [line for line in lines if "taken up" in line] == [
+        f"  {row}: scores taken up" for row in ("base", "up", "skip")
+    ]
+    assert again["scores"] == whole["scores"]
+    assert again["samples"] == whole["samples"]
+    assert not (tmp_path / "out" / "scores.json").exists()
+
+
+def test_scores_of_a_changed_expert_are_not_taken_up(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, lines = language(models, tmp_path / "out"), list[str]()
+    words["defaults"]["training"]["max_steps"] = 2
+    whole = run(words)
+    broken_off_at(3, words, monkeypatch)
+    assert len(json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8"))) == 4
+    words["tasks"][0]["training"] = {"max_steps": 3}
+    results = run(words, keep_experts=True, say=lines.append)
+    assert not any("taken up" in line for line in lines)
+    assert results["scores"]["up"] != whole["scores"]["up"]
+
+
+def test_scores_are_kept_by_all_that_they_depend_on(tmp_path: Path) -> None:
+    kept, told = KeptScores(tmp_path / "scores.json", [32]), {"scores": {"loss": 0.1}, "sample": None}
+    kept.add(told, "up", "mark", "data")
+    assert KeptScores(tmp_path / "scores.json", [32]).find("up", "mark", "data") == told
+    assert kept.find("up", "another", "data") is None
+    assert KeptScores(tmp_path / "scores.json", [16]).find("up", "mark", "data") is None
+    kept.forget()
+    assert kept.find("up", "mark", "data") is None
 
 
 def test_an_expert_whose_training_was_begun_anew_is_not_the_old_one(

@@ -198,6 +198,21 @@ def test_a_search_of_something_else_is_refused(copied: Words) -> None:
     assert len(search(copied, trials=1, methods=["ties"], overwrite=True)["trials"]) == 1
 
 
+@pytest.mark.parametrize(("changed", "word"), [("tasks.1.metric=f1", "metrics"), ("export.dtype=bfloat16", "dtype")])
+def test_a_search_by_other_numbers_is_refused(changed: str, word: str, copied: Words) -> None:
+    search(copied, trials=1, methods=["mean"])
+    with pytest.raises(FileExistsError, match=f"holds a search with other {word}: give --overwrite"):
+        search(copied, [changed], trials=2, methods=["mean"])
+
+
+def test_the_recipes_own_merge_is_tried_without_heads_fitted_anew(copied: Words) -> None:
+    plain = search(copied, trials=1, methods=["mean"])
+    fitted = search(copied | {"merge": copied["merge"] | {"refit_heads": True}}, trials=1, methods=["mean"])
+    assert fitted["own"]["value"] is not None
+    assert fitted["own"]["scores"] == plain["own"]["scores"]
+    assert "merge.refit_heads is left out: every merge is scored with the experts' heads" in fitted["notes"]
+
+
 def test_what_the_recipe_leaves_out_is_left_out(copied: Words) -> None:
     merging = copied["merge"] | {"exclude": ["*.1.*"]}
     result = search(copied | {"merge": merging}, trials=1, methods=["mean"], equal_weights=True)

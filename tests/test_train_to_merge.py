@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,13 @@ import torch
 from safetensors.torch import load_file
 from tiny import label_task, save_bert, write_rows
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from orthoft.recipes import RecipeError, load, run
-from orthoft.recipes.train_to_merge import _groups, save_subspaces
+from orthoft.recipes.pipeline import Run
+from orthoft.recipes.prepare import check
+from orthoft.recipes.subspaces import mean_of_others
+from orthoft.recipes.train_to_merge import _groups, chosen_before, save_subspaces
 
 METHODS = [("osrm", "lora"), ("contrastive", "lora"), ("orthogonal", "lora"), ("principal", "psoft")]
 
@@ -87,16 +92,99 @@ def test_a_part_holds_no_more_than_there_is_room_for() -> None:
     assert _groups(weights, 1000) == [list(weights)]
 
 
+class Largest(TorchDispatchMode):
+    """The number of entries of the largest tensor that is made inside."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.entries = max(self.entries, made.numel())
+        return made
+
+
+def test_the_mean_of_others_takes_the_room_of_one() -> None:
+    covariances = [torch.full((6, 6), float(value)) for value in range(5)]
+    with Largest() as largest:
+        mean = mean_of_others(covariances, 4, covariances[0])
+    assert largest.entries == 36
+    assert mean.equal(torch.full((6, 6), 6 / 5, dtype=torch.float64))
+
+
 def test_a_run_of_one_task_sees_the_inputs_of_all(models: Path, tmp_path: Path) -> None:
     run(words(models, tmp_path / "one"), until="finetune", tasks=["a"])
     assert not (tmp_path / "one" / "experts" / "b").exists()
-    run(words(models, tmp_path / "one"), until="finetune")
+    lines = list[str]()
+    run(words(models, tmp_path / "one"), until="finetune", say=lines.append)
+    assert not any("keeping" in line for line in lines)  # they are there
     run(words(models, tmp_path / "all"), until="finetune")
     for name in "ab":
         first, second = (
             load_file(tmp_path / out / "experts" / name / "adapter_model.safetensors") for out in ("one", "all")
         )
         assert all(first[key].equal(second[key]) for key in second)
+
+
+def test_subspaces_that_are_not_all_there_are_chosen_again(models: Path, tmp_path: Path) -> None:
+    recipe, folder = load(words(models, tmp_path / "out")), tmp_path / "subspaces"
+    save_subspaces(recipe, models / "bert", folder)
+    assert chosen_before(recipe, models / "bert", folder)
+    assert not chosen_before(load(words(models, tmp_path / "out", "osrm")), models / "bert", folder)
+    (folder / "b.safetensors").unlink()
+    assert not chosen_before(recipe, models / "bert", folder)
+    save_subspaces(recipe, models / "bert", folder)
+    assert chosen_before(recipe, models / "bert", folder)
+
+
+def test_subspaces_that_were_broken_off_are_chosen_again(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, folder = load(words(models, tmp_path / "out")), tmp_path / "subspaces"
+    save_subspaces(recipe, models / "bert", folder)
+
+    def stopped(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("orthoft.recipes.train_to_merge.save_file", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        save_subspaces(recipe, models / "bert", folder)
+    assert not chosen_before(recipe, models / "bert", folder)
+
+
+def test_other_processes_are_told_to_wait(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, lines = words(models, tmp_path / "out"), list[str]()
+    recipe["defaults"]["training"]["ddp_timeout"] = 7200
+    under_way = Run(load(recipe), models / "bert", tmp_path / "out", lines.append)
+    under_way.read(under_way.recipe.tasks)
+    state = SimpleNamespace(num_processes=2, is_main_process=True, wait_for_everyone=lambda: None)
+    monkeypatch.setattr("orthoft.recipes.pipeline.PartialState", lambda: state)
+    monkeypatch.setattr("orthoft.recipes.pipeline.save_subspaces", lambda *args: None)
+    under_way.choose_subspaces()
+    assert lines[1] == "  the other processes wait, 7200 s at most: training.ddp_timeout allows more"
+
+
+@pytest.mark.parametrize(
+    ("variables", "training"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {}),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}),
+        ({}, {"deepspeed": {"zero_optimization": {"stage": 2}}}),
+    ],
+)
+def test_a_penalty_is_refused_where_weights_or_gradients_are_in_parts(
+    variables: dict[str, str], training: dict[str, Any], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("orthoft.recipes.prepare.training_arguments", lambda *args: None)  # it would look for DeepSpeed
+    recipe = words(models, tmp_path / "out")
+    recipe["defaults"]["training"] |= training
+    check(load(recipe))
+    recipe["train_to_merge"] |= {"penalty": 1.0, "frozen": False}
+    with pytest.raises(
+        RecipeError, match=r"^train_to_merge\.penalty: it needs whole weights and gradients, which FSDP"
+    ):
+        check(load(recipe))
 
 
 def test_other_data_of_another_task_train_again(models: Path, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +21,8 @@ from torch import Tensor
 
 from orthoft.recipes import RecipeError, run
 from orthoft.recipes.finetune import Bar, RecipeTrainer
+from orthoft.recipes.models import load_model
+from orthoft.recipes.schema import Quantization
 
 Words = dict[str, Any]
 STEPS, BATCH = 12, 16  # eight steps an epoch
@@ -283,19 +287,52 @@ def test_an_expert_does_not_depend_on_those_before_it(models: Path, tmp_path: Pa
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-def test_a_quantised_base_is_trained_and_scored_and_the_merge_is_whole(models: Path, tmp_path: Path) -> None:
-    words = language(models, tmp_path / "out", max_steps=30) | {"merge": {"method": "mean"}}
-    results = run(words | {"quantization": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}})
+def test_a_quantised_base_is_trained_and_scored_as_the_merge_is_which_is_whole(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = language(models, tmp_path / "out", max_steps=30) | {"merge": {"method": "mean"}, "export": {"lora": {}}}
+    loaded: list[bool] = []
+
+    def watched(*args: Any) -> Any:
+        model = load_model(*args)
+        loaded.append(bool(getattr(model, "is_quantized", False)))
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orthoft.recipes.pipeline.load_model", watched)
+        results = run(words | {"quantization": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}})
+    assert loaded == [True] * 4  # base, expert, merge, merged LoRA
     plain = run(words | {"output": str(tmp_path / "plain"), "tasks": words["tasks"]})
     base, whole = results["scores"]["base"]["a"]["loss"], plain["scores"]["base"]["a"]["loss"]
     assert 1e-4 < abs(base - whole) < 0.3
     assert results["scores"]["a"]["a"]["loss"] < base - 0.1
-    assert results["scores"]["merge"]["a"]["loss"] < whole - 0.1
+    merge, merged = (told["scores"]["merge"]["a"]["loss"] for told in (results, plain))
+    assert merge < base - 0.1
+    assert merge != merged
     tensors = load_file(tmp_path / "out" / "merged" / "model.safetensors")
     assert {value.dtype for value in tensors.values()} == {torch.float32}
     original = load_file(models / "llama" / "model.safetensors")
     assert tensors.keys() == original.keys()
     assert torch.equal(tensors["model.embed_tokens.weight"], original["model.embed_tokens.weight"])
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize(
+    ("dtype", "words", "computes"),
+    [
+        (None, {}, torch.bfloat16),
+        ("float16", {}, torch.float16),
+        ("float16", {"bnb_4bit_compute_dtype": "float32"}, torch.float32),
+    ],
+)
+def test_four_bits_compute_in_the_type_of_the_recipe_or_the_base(
+    dtype: str | None, words: Words, computes: torch.dtype, models: Path, tmp_path: Path
+) -> None:
+    load_model("causal-lm", models / "llama", "bfloat16").save_pretrained(tmp_path)
+    model = load_model("causal-lm", tmp_path, dtype, Quantization(load_in_4bit=True, **words))
+    layer = model.model.layers[0].self_attn.q_proj
+    assert layer.compute_dtype == computes
+    assert layer.weight.quant_type == "nf4"
 
 
 @pytest.mark.parametrize("words", [{}, {"load_in_4bit": True, "load_in_8bit": True}])
@@ -384,3 +421,54 @@ def test_too_little_memory_says_what_to_lower(models: Path, tmp_path: Path, monk
         run(language(models, tmp_path / "out"))
     assert str(error.value).startswith("a: CUDA out of memory; lower training.per_device_train_batch_size")
     assert len(str(error.value).splitlines()) == 1
+
+
+# Memory
+
+
+def test_one_model_at_a_time(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = language(models, tmp_path / "out", max_steps=2, bf16=True)
+    words["tasks"].append(words["tasks"][0] | {"name": "b"})
+    words |= {"merge": {"method": "mean"}, "export": {"lora": {}}, "evaluate": {"harness": {"tasks": ["x"]}}}
+    seen: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def count() -> None:
+        alive.append(sum(ref() is not None for ref in seen))
+
+    def watched(*args: Any) -> Any:
+        count()
+        model = load_model(*args)
+        seen.append(weakref.ref(model))
+        return model
+
+    def scored(*args: Any) -> Words:
+        count()
+        return {}
+
+    for module in ("finetune", "pipeline"):
+        monkeypatch.setattr(f"orthoft.recipes.{module}.load_model", watched)
+    monkeypatch.setattr("orthoft.recipes.pipeline.run_harness", scored)
+    gc.collect()
+    gc.disable()  # what falls to it by chance would hide what is held
+    try:
+        run(words)
+    finally:
+        gc.enable()
+    assert alive == [0] * 8  # two trainings, base, two experts, merge, merged LoRA, harness
+
+
+@pytest.mark.parametrize(("row", "at"), [("loading bert", "load_model"), ("base on a", "score")])
+def test_too_little_memory_to_evaluate_is_one_line(
+    row: str, at: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = classification(models, tmp_path / "out", max_steps=1)
+    run(words, until="finetune")
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    place = "orthoft.recipes.pipeline.load_model" if at == "load_model" else "orthoft.recipes.kinds.probed.Probed.score"
+    monkeypatch.setattr(place, full)
+    with pytest.raises(MemoryError, match=rf"^{row}: CUDA out of memory; lower "):
+        run(words)

@@ -154,8 +154,8 @@ LANGUAGE_ROWS = {
     "contrastive": Row(
         "LoRA to merge: contrastive, r=16",
         LORA_16,
+        (3e-3, 1e-2),
         to_merge={"method": "contrastive", "rows": 16},
-        rate_of="lora",
         merges="some",
     ),
 }

@@ -53,9 +53,13 @@ class TensorFolder(Mapping[str, Tensor]):
         entry = self._entries[name]
         return self._read(name, 0, entry.stop - entry.start).reshape(entry.shape)
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return the rows ``start`` to ``stop`` of ``as_matrix(folder[name])``, reading no others."""
+    def rows(self, name: str, start: int, stop: int, columns: int | None = None) -> Tensor:
+        """Return the rows ``start`` to ``stop`` of ``as_matrix(folder[name])``, reading no others.
+
+        With a number of ``columns`` the rows are as long as that.
+        """
         m, n = matrix_shape(self.shape(name))
+        m, n = (m * n // columns, columns) if columns else (m, n)
         start, stop, _ = slice(start, stop).indices(m)
         count, size = max(stop - start, 0), n * self.dtype(name).itemsize
         return self._read(name, start * size, (start + count) * size).reshape(count, n)

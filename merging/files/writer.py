@@ -149,7 +149,7 @@ def carry_over(base: Path, folder: Path, dtype: torch.dtype | None = None) -> No
     """
     for file in sorted(base.iterdir()):
         if file.is_dir() and not any(fnmatch(file.name, pattern) for pattern in LEFT_OUT_FOLDERS):
-            shutil.copytree(file, folder / file.name, ignore=shutil.ignore_patterns(".*"))
+            shutil.copytree(file, folder / file.name, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
         elif file.is_file() and not any(fnmatch(file.name, pattern) for pattern in LEFT_OUT):
             shutil.copyfile(file, folder / file.name)
     config = folder / "config.json"

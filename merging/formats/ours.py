@@ -8,7 +8,7 @@ from torch import Tensor
 from orthoft.bases import check_fingerprint, fingerprint, signed_svd, subspace_update
 from orthoft.delta import Delta, Dense, LowRank, Rotated, SubspaceRotated
 from orthoft.givens import plane_rotations, tree_blocks, tree_product
-from orthoft.linalg import householder_factors, reflection_rows, rotation_update, within_radius
+from orthoft.linalg import rotation_update, within_radius
 from orthoft.merging.formats.fields import COUNT, COUNTS, FLAG, NUMBER, POWER, SEED, SIZE, TERMS, choice, needed
 from orthoft.merging.formats.registry import (
     READERS,
@@ -22,6 +22,7 @@ from orthoft.merging.formats.registry import (
     get_reader,
     reader,
 )
+from orthoft.reflections import householder_factors, reflection_rows
 from orthoft.sparse import (
     compressed,
     core_size,

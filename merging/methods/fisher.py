@@ -12,7 +12,7 @@ from orthoft.merging.methods.registry import method
 from orthoft.merging.statistics import check_weights, complete, takes
 
 
-@method("fisher", entries=True)
+@method("fisher", entries=True, rowwise=True)
 @takes("fisher")
 def fisher(
     x: Tensor, weights: Tensor, *, epsilon: float = 1e-6, statistics: Sequence[Tensor | None] | None = None

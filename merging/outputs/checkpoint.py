@@ -85,18 +85,14 @@ def add_rounded(stored: Tensor, delta: Delta, out: Tensor, name: str) -> Tensor:
     Raises:
         ValueError: the result holds NaN or Inf.
     """
-    factors = delta.factors()
-    dense = delta.dense() if factors is None else None
+    factors, precise = delta.factors(), at_least_float32(stored[:0]).dtype
+    parts = [delta.dense()] if factors is None else [factor.to(precise) for factor in factors]
     largest = torch.finfo(out.dtype).max
     step = max(1, SLICE // max(stored.shape[1], 1))
     for start in range(0, len(stored), step):
         rows = slice(start, start + step)
         total = at_least_float32(stored[rows])  # (rows, n)
-        if factors is not None:
-            total = torch.addmm(total, factors[0][rows], factors[1])
-        else:
-            assert dense is not None
-            total = total + dense[rows]
+        total = total + parts[0][rows] if factors is None else torch.addmm(total, parts[0][rows], parts[1])
         out[rows] = total
         if not all(abs(end) <= largest for end in map(float, total.aminmax())):  # one pass, where isfinite takes four
             rounded(out[rows], out.dtype, name)

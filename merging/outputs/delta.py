@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from orthoft.delta import Delta
+from orthoft.merging.deltas import model_norms
 from orthoft.merging.files.safetensors_file import SafetensorsFile
 from orthoft.merging.files.writer import write_json
 from orthoft.merging.outputs.registry import DeltaOf, Options, Output, output, rounded
@@ -52,20 +52,10 @@ class DeltaOutput(Output):
             "method": report.method,
             "params": report.params,
             "scale": report.scale,
-            "task_norms": self._task_norms(report),
+            "task_norms": model_norms(self.plan, {entry.name: entry for entry in report.merged}),
             "sources": list(report.sources),
         }
         write_json(folder / CONFIG, config)
-
-    def _task_norms(self, report: MergeReport) -> list[float]:
-        """Return ``||w_t D_t||`` over the whole model, of the tasks of a sum that was gone on from and of the new."""
-        earlier = list(self.plan.earlier_norms)
-        new = [
-            abs(weight)
-            * math.hypot(*(entry.task_norms[source.name] for entry in report.merged if source.name in entry.task_norms))
-            for source, weight in zip(self.plan.sources, self.plan.wish.weights.tolist(), strict=True)
-        ]
-        return earlier + new[1:] if earlier else new
 
 
 def _parts(delta: Delta) -> dict[str, Tensor]:

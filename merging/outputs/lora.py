@@ -11,10 +11,10 @@ import torch
 from orthoft.delta import Delta, LowRank
 from orthoft.merging.files.safetensors_file import SafetensorsFile
 from orthoft.merging.files.writer import write_json
+from orthoft.merging.outputs.modules import module_names
 from orthoft.merging.outputs.registry import DeltaOf, Options, Output, output, rounded
 from orthoft.merging.plan import MergePlan
 from orthoft.merging.reports.report import MergeReport, WeightReport
-from orthoft.merging.sources.adapter import AdapterSource
 from orthoft.merging.sources.names import EMBEDDING
 
 
@@ -22,7 +22,10 @@ from orthoft.merging.sources.names import EMBEDDING
 class LoraOutput(Output):
     """The merged delta as a PEFT LoRA adapter of scale 1, named as the first adapter among the sources names modules.
 
-    Holds 2-D weights of linear layers; vectors, convolutions and embeddings are listed in the report as not carried.
+    Without an adapter among them, as transformers names the modules of the base once it is loaded.
+
+    Holds 2-D weights of linear layers; vectors, convolutions, embeddings and what loading fuses or splits are listed in
+    the report as not carried.
     """
 
     def __init__(self, plan: MergePlan, options: Options) -> None:
@@ -30,7 +33,8 @@ class LoraOutput(Output):
         rank = options.rank
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise ValueError(f"rank is a positive number, got {rank!r}")
-        self.names = [name for name, item in plan.merged.items() if _is_linear(name, item.shape)]
+        self._modules = module_names(plan, [name for name, item in plan.merged.items() if _is_linear(name, item.shape)])
+        self.names = list(self._modules)
         if not self.names:
             raise ValueError("output='lora' needs a linear weight to change, and the sources change none")
         dense = [name for name in self.names if plan.merged[name].rank is None]
@@ -52,10 +56,7 @@ class LoraOutput(Output):
         return kept
 
     def write(self, folder: Path, delta_of: DeltaOf, report: MergeReport) -> None:
-        namer = next(
-            (source for source in self.plan.sources if isinstance(source, AdapterSource)), self.plan.sources[0]
-        )
-        modules = {name: namer.module(name) for name in self.names}
+        modules = self._modules
         keys = [f"base_model.model.{module}.lora_{factor}.weight" for module in modules.values() for factor in "AB"]
         ranks: dict[str, int] = {}
         flipped = {name: self.plan.merged[name].inputs_first for name in self.names}
@@ -76,7 +77,11 @@ class LoraOutput(Output):
             fan_in_fan_out=any(flipped.values()),
         )
         write_json(folder / "adapter_config.json", config)
-        left = [f"{name}: not the weight of a linear layer" for name in self.plan.merged if name not in flipped]
+        left = [
+            f"{name}: not the weight of a linear layer of the loaded model"
+            for name in self.plan.merged
+            if name not in flipped
+        ]
         report.not_carried |= {"output": left} if left else {}
 
 

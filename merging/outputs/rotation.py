@@ -14,6 +14,7 @@ from orthoft.delta import Delta, Rotated, Transposed
 from orthoft.merging.files.safetensors_file import SafetensorsFile
 from orthoft.merging.files.writer import write_json
 from orthoft.merging.lie_algebra import generator
+from orthoft.merging.outputs.modules import module_names
 from orthoft.merging.outputs.registry import DeltaOf, Options, Output, output, rounded
 from orthoft.merging.plan import MergePlan
 from orthoft.merging.reports.report import MergeReport
@@ -38,7 +39,6 @@ class RotationOutput(Output):
         if others:
             raise ValueError(f"output='rotation' needs sources that are block rotations (OFT), not {', '.join(others)}")
         adapters = [source for source in plan.sources if isinstance(source, AdapterSource)]
-        self._namer = adapters[0]
         adapted = {name for source in adapters for name in source.adapter_ranks}
         self.names = [name for name in plan.merged if name in adapted]
         if not self.names:
@@ -60,7 +60,7 @@ class RotationOutput(Output):
             )
 
     def write(self, folder: Path, delta_of: DeltaOf, report: MergeReport) -> None:
-        modules = {name: self._namer.module(name) for name in self.names}
+        modules = module_names(self.plan, self.names)
         keys = {name: f"base_model.model.{module}.orthoft_oftv2_adapter.skew" for name, module in modules.items()}
         sizes: dict[str, int] = {}
         with SafetensorsFile(folder / "adapter_model.safetensors", keys.values()) as file:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from orthoft.merging.files.streaming import IN_FLIGHT
-from orthoft.merging.files.tensors import matrix_shape
 from orthoft.merging.methods import Method
 from orthoft.merging.plan import MergePlan, WeightPlan
 from orthoft.merging.weightwise import SLICE
@@ -199,7 +198,7 @@ def _memory(job: Job, R: int, dense: int) -> int:
 def _job(plan: MergePlan, item: WeightPlan, output: str) -> Job:
     return Job(
         item.name,
-        matrix_shape(item.shape),
+        item.matrix,
         tuple(source.ranks[item.name] for source in plan.sources if item.name in source.ranks),
         len(plan.sources),
         item.space.name,

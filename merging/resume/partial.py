@@ -29,11 +29,12 @@ class Partial:
 
         Folders that are empty then go as well: what is carried over from the base makes them again.
         """
+        kept = {self.folder / file for file in wanted}
         for path in sorted(self.folder.rglob("*"), reverse=True):  # what is in a folder comes before it
             if path.is_dir():
                 if path != self.scratch and not any(path.iterdir()):
                     path.rmdir()
-            elif str(path.relative_to(self.folder)) not in wanted and path.suffix != ".jsonl":
+            elif path not in kept and not (path.parent == self.scratch and path.suffix == ".jsonl"):
                 path.unlink()
 
 

@@ -25,8 +25,9 @@ from orthoft.merging.sources.checkpoint import (
     untied,
 )
 from orthoft.merging.sources.delta import CONFIG, DeltaSource
-from orthoft.merging.sources.names import added_rows, inputs_first, match_names, tied_embedding, ties_embedding
-from orthoft.merging.sources.rows import Replaced, replaced_rows
+from orthoft.merging.sources.names import added_rows, match_names, tied_embedding, ties_embedding
+from orthoft.merging.sources.orientation import Orientation
+from orthoft.merging.sources.rows import Replaced, as_precise, replaced_rows
 
 __all__ = ["MERGEABLE", "AdapterSource", "CheckpointSource", "Source", "open_source"]
 
@@ -73,11 +74,13 @@ class AdapterSource(Source):
                 return extents[own].fits(base.shape(theirs))
             return own not in saved or file.tensors.shape(saved[own]) == base.shape(theirs)
 
-        self._naming = match_names([*extents, *saved, *file.tokens], base, fits)
+        self.naming = match_names([*extents, *saved, *file.tokens], base, fits)
         self._drop_tied(extents, base)
         checked = {self._check(own, extent, base): extent for own, extent in extents.items()}
-        self.inputs_first = {theirs: self._inputs_first(theirs, extent, base) for theirs, extent in checked.items()}
-        shapes = {name: matrix_shape(base.shape(name)) for name in self.inputs_first}
+        shapes, base_says = {name: matrix_shape(base.shape(name)) for name in checked}, Orientation(base).inputs_first
+        self.inputs_first = {
+            name: self._inputs_first(name, extent, shapes[name], base_says) for name, extent in checked.items()
+        }
         self._sizes = [(n, m) if self.inputs_first[name] else (m, n) for name, (m, n) in shapes.items()]
         self._saved = self._place(saved, base)
         self._tokens = {self._require(own, base, _any_shape): key for own, key in file.tokens.items()}
@@ -110,7 +113,8 @@ class AdapterSource(Source):
         return more or self.ranks[name] is None or not self._file.reader.weightless
 
     def module(self, name: str) -> str:
-        return self._naming.to_source(name).removesuffix(".weight")
+        """Return the name that this source's model class has for the module of a base's weight."""
+        return self.naming.to_source(name).removesuffix(".weight")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return the adapter's tensors of one adapted weight, named by what stands behind the module's name."""
@@ -144,9 +148,8 @@ class AdapterSource(Source):
         module, flipped = self.module(name), self.inputs_first[name]
         tensors = self.tensors(name)
         try:
-            delta = self._file.reader.read(
-                self._file.settings, module, tensors | self._shared, weight.mT if flipped else weight
-            )
+            read = {key: as_precise(tensor, weight) for key, tensor in (tensors | self._shared).items()}
+            delta = self._file.reader.read(self._file.settings, module, read, weight.mT if flipped else weight)
         except (ValueError, KeyError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"source {self.name!r}: {reason}") from error
@@ -167,7 +170,8 @@ class AdapterSource(Source):
         assert self._file.reader.read_bias is not None
         module = self._biases[name]
         tensors = self._file.read_module(module)
-        return Dense(self._file.reader.read_bias(self._file.settings, module, tensors).reshape(weight.shape))
+        shift = self._file.reader.read_bias(self._file.settings, module, tensors).reshape(weight.shape)
+        return Dense(as_precise(shift, weight))
 
     @cached_property
     def _shared(self) -> dict[str, Tensor]:
@@ -197,7 +201,7 @@ class AdapterSource(Source):
                 del extents[own], self._file.keys[module]
 
     def _tied_to(self, own: str, fits: Callable[[tuple[int, ...]], bool], base: TensorFolder) -> str | None:
-        theirs = self._naming.to_base(own)
+        theirs = self.naming.to_base(own)
         if theirs is not None and theirs in base:
             return None
         return tied_embedding(own, {name: base.shape(name) for name in base}, fits)
@@ -215,7 +219,7 @@ class AdapterSource(Source):
 
     def _require(self, own: str, base: TensorFolder, fits: Callable[[tuple[int, ...]], bool]) -> str:
         """Return the base's name of a weight that has to be there."""
-        theirs, twin = self._naming.to_base(own), self._tied_to(own, fits, base)
+        theirs, twin = self.naming.to_base(own), self._tied_to(own, fits, base)
         if twin is not None:
             raise ValueError(untied(own, twin))
         if theirs is None or theirs not in base:
@@ -223,21 +227,22 @@ class AdapterSource(Source):
             raise ValueError(f"an adapter of another base: its module {module!r} has no weight in {base.folder}")
         return theirs
 
-    def _inputs_first(self, theirs: str, extent: Extent, base: TensorFolder) -> bool:
+    def _inputs_first(
+        self, theirs: str, extent: Extent, shape: tuple[int, int], base_says: Callable[[str], bool]
+    ) -> bool:
         """Say whether the base stores the weight as (inputs, outputs): by its shape, and by the config if square."""
-        shape = matrix_shape(base.shape(theirs))
         straight, flipped = extent.agrees(shape), extent.agrees(shape[::-1])
         if straight != flipped:
             return flipped
         told = self.config.get("fan_in_fan_out")
-        return inputs_first(base, theirs) if told is None else bool(told)
+        return base_says(theirs) if told is None else bool(told)
 
     def _find_biases(self, base: TensorFolder) -> dict[str, str]:
         """Return {the base's bias: module} of what the adapter adds to biases; without a place it has to be zero."""
         found: dict[str, str] = {}
         for module, keys in self._file.keys.items():
             key = keys.get(self._file.reader.bias or "")
-            theirs = self._naming.to_base(f"{module}.bias")
+            theirs = self.naming.to_base(f"{module}.bias")
             if key is None:
                 continue
             if theirs is not None and theirs in base and self._file.tensors.shape(key) == base.shape(theirs):
@@ -252,7 +257,7 @@ class AdapterSource(Source):
         """Return {the base's tensor: key} of what is saved beside the adapter, and list what the base lacks."""
         placed = {}
         for own, key in saved.items():
-            theirs = self._naming.to_base(own)
+            theirs = self.naming.to_base(own)
             if theirs is None or theirs not in base:
                 self._leave(own, key, saved, base)
             elif self._replaces(own, key, theirs, base):
@@ -275,13 +280,13 @@ class AdapterSource(Source):
         return True
 
     def _leave(self, own: str, key: str, saved: Mapping[str, str], base: TensorFolder) -> None:
-        shapes = {theirs: self._file.tensors.shape(k) for o, k in saved.items() if (theirs := self._naming.to_base(o))}
+        shapes = {theirs: self._file.tensors.shape(k) for o, k in saved.items() if (theirs := self.naming.to_base(o))}
         known = {name: base.shape(name) for name in base} | shapes
         twin = tied_embedding(own, known, self._file.tensors.shape(key).__eq__)
         if twin is None:
             self.not_carried.append(f"{own}: the base has no such tensor")
             return
-        double = saved.get(self._naming.to_source(twin))
+        double = saved.get(self.naming.to_source(twin))
         other, name = (base, twin) if double is None else (self._file.tensors, double)
         if not same_tensor(self._file.tensors, key, other, name):
             raise ValueError(untied(own, twin))

@@ -52,10 +52,6 @@ class Source(ABC):
             ValueError: a tensor holds NaN or Inf; of tensors that are read row by row, when those rows are read.
         """
 
-    def module(self, name: str) -> str:
-        """Return the name that this source's model class has for the module of a base's weight."""
-        return name.removesuffix(".weight")
-
 
 class CheckpointSource(Source):
     """A fully fine-tuned model: every floating tensor that the base has too is a delta, read row by row.
@@ -102,17 +98,18 @@ class CheckpointSource(Source):
 
     def _tie_heads(self, base: TensorFolder) -> None:
         found, shape = set(self._own.values()), self._tensors.shape
-        embeddings = {theirs: shape(own) for theirs, own in self._own.items()}
+        saved = {theirs: shape(own) for theirs, own in self._own.items()}
         for own in self._tensors:
             if own in found:
                 continue
-            twin = tied_embedding(own, embeddings, shape(own).__eq__)
+            twin = tied_embedding(own, saved, shape(own).__eq__)
             if twin is None:
                 self.not_carried.append(f"{own}: the base has no such tensor")
             elif not same_tensor(self._tensors, own, self._tensors, self._own[twin]):
                 raise ValueError(untied(own, twin))
+        embeddings = {theirs: base.shape(theirs) for theirs in self._own}
         for theirs in [name for name in base if name not in self._own]:
-            twin = tied_embedding(theirs, {name: base.shape(name) for name in self._own}, base.shape(theirs).__eq__)
+            twin = tied_embedding(theirs, embeddings, base.shape(theirs).__eq__)
             if twin is not None and same_tensor(base, theirs, base, twin):
                 self._own[theirs] = self._own[twin]
                 self.notes.append(f"{self.name} stores no {theirs}: it is tied to {twin}, as in the base")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
@@ -84,24 +84,32 @@ def match_prefix(names: Collection[str], base: Collection[str], fits: Callable[[
     Raises:
         ValueError: two prefixes do equally well, so that the meaning would be a guess.
     """
-    known = frozenset(base)
-    candidates = [
-        Prefix(),
-        *(Prefix(removed=prefix) for prefix in _prefixes(names)),
-        *(Prefix(added=prefix) for prefix in _prefixes(base)),
-    ]
-
-    def score(prefix: Prefix) -> tuple[int, int]:
-        pairs = [(name, target) for name in names if (target := prefix.to_base(name)) in known and target is not None]
-        return len(pairs) and sum(fits(*pair) for pair in pairs), len(pairs)
-
-    scores = [score(prefix) for prefix in candidates]
-    best = max(scores)
-    winners = [prefix for prefix, got in zip(candidates, scores, strict=True) if got == best]
+    pairs = _pairs(names, base)
+    scores = {prefix: (sum(fits(*pair) for pair in found), len(found)) for prefix, found in pairs.items()}
+    best = max(scores.values())
+    winners = [prefix for prefix, score in scores.items() if score == best]
     if best[0] > 0 and len(winners) > 1 and winners[0] != Prefix():
-        first, second = (next(target for n in names if (target := w.to_base(n)) in known) for w in winners[:2])
-        raise ValueError(f"its names are ambiguous in this base: {next(iter(names))!r} may be {first!r} or {second!r}")
+        (own, first), second = pairs[winners[0]][0], pairs[winners[1]][0][1]
+        raise ValueError(f"its names are ambiguous in this base: {own!r} may be {first!r} or {second!r}")
     return winners[0]
+
+
+def _pairs(names: Collection[str], base: Collection[str]) -> dict[Prefix, list[tuple[str, str]]]:
+    """Return the pairs of a source's and a base's names by the prefix that makes the one of the other.
+
+    The identity comes first, and is always there.
+    """
+    own, known = frozenset(names), frozenset(base)
+    pairs = {Prefix(): [(name, name) for name in names if name in known]}
+    for name in names:
+        for prefix in _prefixes(name):
+            if (rest := name.removeprefix(prefix)) in known:
+                pairs.setdefault(Prefix(removed=prefix), []).append((name, rest))
+    for name in base:
+        for prefix in _prefixes(name):
+            if (rest := name.removeprefix(prefix)) in own:
+                pairs.setdefault(Prefix(added=prefix), []).append((rest, name))
+    return pairs
 
 
 def added_rows(name: str, shape: tuple[int, ...], base: TensorFolder) -> str:
@@ -135,38 +143,7 @@ def ties_embedding(base: TensorFolder, name: str) -> bool:
     return bool(read_json(config).get("tie_word_embeddings"))
 
 
-def inputs_first(base: TensorFolder, name: str) -> bool:
-    """Say whether the base stores a 2-D weight as (inputs, outputs), as the Conv1D of GPT-2 does.
-
-    The bias has one entry per output, which tells for weights that are not square. A square weight is stored like the
-    nearest such weight, by the length of the name they share.
-    """
-    own = _bias_says(base, name)
-    if own is not None:
-        return own
-    parts = name.split(".")
-
-    def shared(other: str) -> int:
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(parts, other.split("."), strict=False)))
-
-    told = [other for other in base if other.endswith(".weight") and _bias_says(base, other) is not None]
-    nearest = max(told, key=shared, default=None)
-    return f"{name.removesuffix('.weight')}.bias" in base and nearest is not None and bool(_bias_says(base, nearest))
-
-
-def _bias_says(base: TensorFolder, name: str) -> bool | None:
-    bias = f"{name.removesuffix('.weight')}.bias"
-    if bias not in base or len(base.shape(name)) != 2:
-        return None
-    (rows, columns), outputs = base.shape(name), base.shape(bias)[-1]
-    return None if rows == columns else outputs == columns
-
-
-def _prefixes(names: Iterable[str]) -> list[str]:
-    """Return every leading part of the names, up to three components and never past a layer number."""
-    found: dict[str, None] = {}
-    for name in names:
-        parts = list(takewhile(lambda part: not part.isdigit(), name.split(".")[:-1]))
-        for end in range(1, min(len(parts), 3) + 1):
-            found[".".join(parts[:end]) + "."] = None
-    return list(found)
+def _prefixes(name: str) -> list[str]:
+    """Return every leading part of a name, up to three components and never past a layer number."""
+    parts = list(takewhile(lambda part: not part.isdigit(), name.split(".")[:-1]))
+    return [".".join(parts[:end]) + "." for end in range(1, min(len(parts), 3) + 1)]

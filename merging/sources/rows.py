@@ -29,7 +29,7 @@ class Replaced(Delta):
     def saved(self, start: int, stop: int) -> Tensor:
         """Return the rows ``start`` to ``stop`` of ``W'`` in float32 or more."""
         rows, columns = self.shape
-        return finite(self._tensors.rows(self._name, start, min(stop, rows))[:, :columns], self._what)
+        return finite(self._tensors.rows(self._name, start, min(stop, rows), columns), self._what)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return the rows ``start`` to ``stop`` of the change, reading no others."""
@@ -71,3 +71,8 @@ def finite(tensor: Tensor, what: str) -> Tensor:
     if not is_finite(tensor):
         raise ValueError(f"{what} contains NaN or Inf")
     return tensor
+
+
+def as_precise(tensor: Tensor, weight: Tensor) -> Tensor:
+    """Return a source's tensor in float64 if the weight is: products take one dtype."""
+    return tensor.double() if weight.dtype == torch.float64 and tensor.is_floating_point() else tensor

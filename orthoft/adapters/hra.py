@@ -14,14 +14,8 @@ from orthoft.adapter import InputRotation, whole
 from orthoft.config import OrthoConfig
 from orthoft.delta import Delta, LowRank
 from orthoft.layer import OrthoLayer
-from orthoft.linalg import (
-    add_low_rank_product,
-    at_least_float32,
-    combine_reflections,
-    householder_factors,
-    paired_factors,
-    reflection_rows,
-)
+from orthoft.linalg import add_low_rank_product, at_least_float32
+from orthoft.reflections import combine_reflections, householder_factors, paired_factors, reflection_rows
 from orthoft.tuner import OrthoModel
 
 

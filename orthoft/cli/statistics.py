@@ -27,7 +27,7 @@ def statistics(
         Kind, typer.Option(help="fisher for fisher; gram for regmean and frank_wolfe; second_moment for ota.")
     ] = Kind.fisher,
     task: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this task; may be repeated.")] = None,
-    examples: Annotated[int, typer.Option(help="Rows of each train split.")] = 256,
+    examples: Annotated[int, typer.Option(help="Of each train split.")] = 256,
     only: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Only weights that match; may be repeated.")
     ] = None,
@@ -41,8 +41,8 @@ def statistics(
 ) -> None:
     """Measure a recipe's experts for merges that use numbers from data.
 
-    Each expert, trained before by `orthoft finetune` or `orthoft run`, sees rows of its own train split; a file for
-    each is written. What is printed last is the command that merges with them.
+    Each expert, trained before by `orthoft finetune` or `orthoft run`, sees examples of its own train split; a file
+    for each is written, and beside them the merge that uses them. What is printed last is the command that does it.
 
     Example: orthoft statistics recipes/configs/minilm.yaml --kind fisher
 

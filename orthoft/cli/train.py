@@ -11,6 +11,11 @@ from orthoft.cli.app import Device, Dtype, Overrides, Overwrite, RecipeFile, app
 from orthoft.cli.commands import TRAIN
 from orthoft.cli.output import Output
 
+KeepExperts = Annotated[
+    bool,
+    typer.Option("--keep-experts", help="Go on from a finished run, or another recipe's: train only what changed."),
+]
+
 
 @app.command(rich_help_panel=TRAIN)
 def run(
@@ -20,14 +25,13 @@ def run(
     dtype: Dtype = None,
     set_: Overrides = None,
     overwrite: Overwrite = False,
-    keep_experts: Annotated[
-        bool, typer.Option("--keep-experts", help="Do a finished run again, but train only what changed.")
-    ] = False,
+    keep_experts: KeepExperts = False,
 ) -> None:
     """Fine-tune, merge, export and evaluate as a recipe says.
 
-    A run that was broken off goes on where it stopped. It ends with a table of scores, which results.json in the
-    output folder holds, too. Under `accelerate launch` all processes train together.
+    A run that was broken off takes up its finished experts, with `save_steps` the checkpoints of the last one, and the
+    scores of base and experts. It ends with a table of scores, which results.json in the output folder holds, too.
+    Under `accelerate launch` all processes train together.
 
     Example: orthoft run recipes/configs/minilm.yaml
 
@@ -56,10 +60,12 @@ def finetune(
     dtype: Dtype = None,
     set_: Overrides = None,
     overwrite: Overwrite = False,
+    keep_experts: KeepExperts = False,
 ) -> None:
     """Train the experts of a recipe; `run` takes them up later.
 
-    Experts that are finished are not trained again. What is known of each stands in its expert.json.
+    Experts that are finished are not trained again, but with --overwrite, which begins anew or trains the chosen tasks
+    again. What is known of each stands in its expert.json.
 
     Example: orthoft finetune recipes/configs/minilm.yaml --task sarcasm
 
@@ -70,6 +76,7 @@ def finetune(
     from orthoft import recipes
 
     overrides = out.overrides(set_, device=device, dtype=dtype)
-    done = recipes.run(recipe, overrides, until="finetune", tasks=task or None, overwrite=overwrite, say=out.say)
+    again = {"overwrite": overwrite, "keep_experts": keep_experts}
+    done = recipes.run(recipe, overrides, until="finetune", tasks=task or None, say=out.say, **again)
     lines = [f"{name}: {expert['folder']}" for name, expert in done["experts"].items()]
     out.show(done["experts"], "\n".join(lines))

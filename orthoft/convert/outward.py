@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from orthoft.convert.conversion import Conversion, LayerReport, Opened, converted, keys, relative
-from orthoft.linalg import of_map, reflection_rows, skew, within_radius
+from orthoft.linalg import of_map, skew, within_radius
 from orthoft.merging.formats.ours import block_size, psoft_basis, psoft_update
 from orthoft.merging.formats.peft import psoft_svd
+from orthoft.reflections import reflection_rows
 
 
 def to_peft(

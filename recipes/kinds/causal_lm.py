@@ -40,6 +40,7 @@ class CausalLanguageModel(Writing[CausalLM]):
     def __init__(self, task: CausalLM, base: Path) -> None:
         super().__init__(task, base)
         self.left_out = 0  # examples without a label in their first block_size tokens
+        self.not_asked = 0  # examples whose last answer begins behind them
 
     def columns(self) -> list[str]:
         return self.task.data.columns
@@ -51,13 +52,15 @@ class CausalLanguageModel(Writing[CausalLM]):
         words = f"{min(lengths)} to {max(lengths)} tokens"
         if self.task.packs:
             words = f"{len(lengths)} of {words} packed for training"
-        return f"{words}; {self.left_out} too long to have a label left out" if self.left_out else words
+        if self.left_out:
+            words += f"; {self.left_out} too long to have a label left out"
+        return f"{words}; {self.not_asked} whose last answer is cut off not asked" if self.not_asked else words
 
     def examples(self, rows: Sequence[Row], classes: Sequence[str], split: str) -> list[Example]:
         """Return blocks, or one example a row without those whose labels are all cut off; train examples packed.
 
         Raises:
-            ValueError: texts that fill no block, or rows of which none has a label.
+            ValueError: texts that fill no block, or rows of which none has a label, or none an answer that is wanted.
         """
         where, size = f"{self.task.name} {split}", self.task.block_size
         if self.task.packs and self.task.data.form == "text":
@@ -67,6 +70,13 @@ class CausalLanguageModel(Writing[CausalLM]):
         if not kept:
             raise ValueError(f"{where}: no row has a token to learn among its first {size}: raise block_size")
         self.left_out += len(found) - len(kept)
+        if self.task.generate and split != "train":
+            cut = sum(example["answer"] is None for example in kept)
+            if cut == len(kept):
+                raise ValueError(
+                    f"{where}: no row's last answer begins among its first {size} tokens: raise block_size"
+                )
+            self.not_asked += cut
         return packed(kept, size) if self.task.packs and split == "train" else kept
 
     def _blocks(self, texts: Sequence[str], where: str) -> list[Example]:
@@ -113,8 +123,8 @@ class CausalLanguageModel(Writing[CausalLM]):
         del batch["attention_mask"]
         return batch | {"position_ids": positions(examples)}
 
-    def chunks(self, examples: Sequence[Example], size: int, what: str) -> Iterator[list[Example]]:
-        return super().chunks([one for row in examples for one in unpacked(row)], size, what)
+    def alone(self, examples: Sequence[Example]) -> list[Example]:
+        return unpacked(examples)
 
     def trained(self, model: nn.Module, head: Head | None) -> nn.Module:
         """Return the model itself.
@@ -134,8 +144,10 @@ class CausalLanguageModel(Writing[CausalLM]):
         chosen = labels != IGNORED
         return model(**self.inputs(model, batch)).logits[:, :-1][chosen], labels[chosen]
 
-    def answers(self, model: Any, examples: Sequence[Example], batch: Batch) -> list[str]:
-        return self.written(model, [example["input_ids"][: example["answer"]] for example in examples])
+    def answers(self, model: Any, examples: Sequence[Example], batch: Batch) -> list[tuple[str, str]]:
+        asked = [example for example in examples if example["answer"] is not None]
+        found = self.written(model, [example["input_ids"][: example["answer"]] for example in asked]) if asked else []
+        return list(zip(found, (example["target"] for example in asked), strict=True))
 
     def written(self, model: Any, prompts: Sequence[Sequence[int]]) -> list[str]:
         """Return the greedy continuation of prompts, filled on the left: the same model writes the same text."""

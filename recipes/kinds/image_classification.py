@@ -55,8 +55,14 @@ class ImageClassification(Probed[Words]):
     def reading(self) -> dict[str, Any]:
         return {"pooling": "mean over patches"}
 
+    def inputs(self, model: Any, batch: Mapping[str, Tensor]) -> Batch:
+        """Return the pictures in the model's own type: convolutional nets take no other."""
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        return {"pixel_values": batch["pixel_values"].to(dtype)}
+
     def features(self, encoder: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        hidden: Tensor = encoder(**inputs).last_hidden_state.float()  # (b, t, d), (b, d, h, w) of a convolutional net
+        read = self.inputs(encoder, inputs)
+        hidden: Tensor = encoder(**read).last_hidden_state.float()  # (b, t, d), (b, d, h, w) of a convolutional net
         return hidden.mean(1) if hidden.ndim == 3 else hidden.flatten(2).mean(-1)
 
 

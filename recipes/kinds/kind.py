@@ -128,9 +128,13 @@ class Kind(ABC, Generic[T]):
         found = {split: self.examples(rows[split], classes, split) for split in rows}
         return TaskData(found["train"], found["tuning"], found["test"], classes)
 
+    def alone(self, examples: Sequence[Example]) -> list[Example]:
+        """Return examples one by one, in the order of their rows, where a kind packs several into one for training."""
+        return list(examples)
+
     def chunks(self, examples: Sequence[Example], size: int, what: str) -> Iterator[list[Example]]:
-        """Yield lists of examples of like length under a progress bar."""
-        ordered = sorted(examples, key=lambda example: len(example.get("input_ids", ())))
+        """Yield lists of examples of like length, each by itself, under a progress bar."""
+        ordered = sorted(self.alone(examples), key=lambda example: len(example.get("input_ids", ())))
         for start in tqdm(range(0, len(ordered), size), desc=what, leave=False, disable=None):
             yield ordered[start : start + size]
 

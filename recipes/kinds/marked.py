@@ -20,10 +20,11 @@ class Marked(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Tokens (t,), and whether each is to be learnt (t,)."""
+    """Tokens (t,), whether each is to be learnt (t,), and at which the last span begins, None if it is cut off."""
 
     ids: np.ndarray
     learnt: np.ndarray
+    answer: int | None
 
 
 def tokens_of(
@@ -48,7 +49,9 @@ def tokens_of(
             return_offsets_mapping=True,
         )
         for (_, spans), ids, places in zip(some, found["input_ids"], found["offset_mapping"], strict=True):
-            yield Tokens(np.array(ids), overlaps(np.array(places).reshape(-1, 2), np.array(spans).reshape(-1, 2)))
+            at, wanted = np.array(places).reshape(-1, 2), np.array(spans).reshape(-1, 2)
+            answer = np.flatnonzero(overlaps(at, wanted[-1:]))
+            yield Tokens(np.array(ids), overlaps(at, wanted), int(answer[0]) if len(answer) else None)
 
 
 def overlaps(places: np.ndarray, spans: np.ndarray) -> np.ndarray:
@@ -63,15 +66,13 @@ def overlaps(places: np.ndarray, spans: np.ndarray) -> np.ndarray:
 
 
 def as_example(tokens: Tokens, target: str, everything: bool) -> Example:
-    """Return tokens with labels, the ``target`` in words, and the place where the last ``answer`` begins.
+    """Return tokens with labels, the ``target`` in words, and the place where the ``answer`` begins, or None.
 
     Nothing comes before the first token, so it has no label.
     """
     labels = np.where(tokens.learnt | everything, tokens.ids, IGNORED)
     labels[:1] = IGNORED
-    begins = np.flatnonzero(tokens.learnt & ~np.concatenate(([False], tokens.learnt[:-1])))
-    answer = int(begins[-1]) if len(begins) else len(tokens.ids)
-    return {"input_ids": tokens.ids.tolist(), "labels": labels.tolist(), "answer": answer, "target": target}
+    return {"input_ids": tokens.ids.tolist(), "labels": labels.tolist(), "answer": tokens.answer, "target": target}
 
 
 def has_labels(example: Example) -> bool:

@@ -41,9 +41,12 @@ def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 def packed(examples: Sequence[Example], size: int) -> list[Example]:
-    """Return rows of examples, with their ``lengths``; the first token of each follows none and has no label."""
+    """Return rows of examples, with their ``lengths`` and numbers (``order``).
+
+    The first token of each follows none and has no label.
+    """
     rows = best_fit([len(example["input_ids"]) for example in examples], size)
-    return [_joined([examples[i] for i in row]) for row in rows]
+    return [_joined([examples[i] for i in row]) | {"order": row} for row in rows]
 
 
 def _joined(examples: Sequence[Example]) -> Example:
@@ -54,12 +57,16 @@ def _joined(examples: Sequence[Example]) -> Example:
     }
 
 
-def unpacked(row: Example) -> list[Example]:
-    """Return the examples of a packed row, or the row itself if it is none."""
-    if "lengths" not in row:
-        return [row]
-    places = list(pairwise(accumulate(row["lengths"], initial=0)))
-    return [{key: row[key][start:stop] for key in ("input_ids", "labels")} for start, stop in places]
+def unpacked(rows: Sequence[Example]) -> list[Example]:
+    """Return the examples of packed rows, in the order that they had before; rows of another kind as they are."""
+    if not rows or "lengths" not in rows[0]:
+        return list(rows)
+    found: dict[int, Example] = {}
+    for row in rows:
+        places = pairwise(accumulate(row["lengths"], initial=0))
+        for i, (start, stop) in zip(row["order"], places, strict=True):
+            found[i] = {key: row[key][start:stop] for key in ("input_ids", "labels")}
+    return [found[i] for i in sorted(found)]
 
 
 def positions(rows: Sequence[Example]) -> Tensor:

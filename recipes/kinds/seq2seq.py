@@ -77,8 +77,8 @@ class SequenceToSequence(Writing[Seq2Seq]):
         chosen = batch["labels"] != IGNORED  # (b, u)
         return model(**batch).logits[chosen], batch["labels"][chosen]
 
-    def answers(self, model: Any, examples: Sequence[Example], batch: Batch) -> list[str]:
-        return self.written(model, batch)
+    def answers(self, model: Any, examples: Sequence[Example], batch: Batch) -> list[tuple[str, str]]:
+        return list(zip(self.written(model, batch), (example["target"] for example in examples), strict=True))
 
     def written(self, model: Any, batch: Batch) -> list[str]:
         """Return the greedy answer to each source: the same model writes the same text."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,9 +15,30 @@ from orthoft.recipes.kinds.probed import Probed, Seen
 from orthoft.recipes.metrics import entity_f1, is_bio
 from orthoft.recipes.task_schema import TokenClassification as Words
 
+WORDS = ["Two", "words2", "it's"]  # by which a tokenizer shows how it reads words
+
 
 class TokenClassification(Probed[Words]):
     """Features are the last hidden states of each word's first token; words behind ``max_length`` tokens are cut."""
+
+    def __init__(self, task: Words, base: Path) -> None:
+        super().__init__(task, base)
+        self.lead = self._lead(base)
+
+    def _lead(self, base: Path) -> str:
+        """Return what stands before each word so that it is read as in a sentence: a space for byte-level tokenizers.
+
+        Raises:
+            ValueError: the tokenizer reads words by themselves otherwise than in a sentence.
+        """
+        for lead in ("", " "):
+            sentence = self.processor(lead + " ".join(WORDS))["input_ids"]
+            if self.processor([lead + word for word in WORDS], is_split_into_words=True)["input_ids"] == sentence:
+                return lead
+        raise ValueError(
+            f"{self.task.name}: the tokenizer of {base} reads words one by one otherwise than in a sentence: "
+            "take another base"
+        )
 
     def columns(self) -> list[str]:
         return [self.task.data.tokens, self.task.data.tags]
@@ -47,7 +69,7 @@ class TokenClassification(Probed[Words]):
         where, sentences = f"{self.task.name} {split}", self.sentences(rows, split)
         flat = iter(class_indices([tag for _, tags in sentences for tag in tags], classes, where))
         read = self.processor(
-            [words for words, _ in sentences],
+            [[self.lead + word for word in words] for words, _ in sentences],
             is_split_into_words=True,
             truncation=True,
             max_length=self.task.max_length,
@@ -71,7 +93,8 @@ class TokenClassification(Probed[Words]):
         return padded(examples, self.processor.pad_token_id) | {"labels": padded_labels(examples)}
 
     def reading(self) -> dict[str, Any]:
-        return {"pooling": "first token of a word", "max_length": self.task.max_length}
+        told = {"pooling": "first token of a word", "max_length": self.task.max_length}
+        return told | {"before each word": self.lead} if self.lead else told
 
     def features(self, encoder: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         hidden: Tensor = encoder(**inputs).last_hidden_state  # (b, t, d)

@@ -31,14 +31,14 @@ class Writing(Kind[W]):
         """Return the logits (n, words) of the labelled tokens of a batch, and their labels (n,)."""
 
     @abstractmethod
-    def answers(self, model: Any, examples: Sequence[Example], batch: Batch) -> list[str]:
-        """Return the greedy answers to examples, which are those of the batch."""
+    def answers(self, model: Any, examples: Sequence[Example], batch: Batch) -> list[tuple[str, str]]:
+        """Return greedy answers to examples, which are those of the batch, and their targets."""
 
     @torch.no_grad()
     def score(self, model: Any, head: Head | None, examples: Sequence[Example], size: int, what: str) -> Scores:
         """Return the mean loss per labelled token (nats), its exponential, and the scores of answers if wanted.
 
-        ``exact_match`` and ``f1`` are the means over the examples, see `orthoft.recipes.metrics`.
+        ``exact_match`` and ``f1`` are the means over the examples that are asked, see `orthoft.recipes.metrics`.
         """
         model.eval()
         total, count = 0.0, 0
@@ -49,7 +49,7 @@ class Writing(Kind[W]):
             total += F.cross_entropy(logits.float(), labels, reduction="sum").item()
             count += len(labels)
             if self.task.generate:
-                pairs += zip(self.answers(model, chunk, batch), (example["target"] for example in chunk), strict=True)
+                pairs += self.answers(model, chunk, batch)
         return token_scores(total, count) | answer_scores(pairs)
 
 
