@@ -12,7 +12,7 @@ from orthoft.merging.files.hub import find_folder
 from orthoft.merging.files.tensors import TensorFolder, matrix_shape
 from orthoft.merging.sources.adapter import Source, open_source
 from orthoft.merging.sources.delta import continued
-from orthoft.merging.sources.orientation import Orientation, is_stacked
+from orthoft.merging.sources.orientation import Orientation, is_stacked, is_vector
 from orthoft.merging.spaces import Space
 from orthoft.merging.statistics import STATISTICS_OF, Statistics, statistics_of_tasks
 from orthoft.merging.weightwise import Choice
@@ -37,6 +37,11 @@ class WeightPlan:
     def stacked(self) -> bool:
         """Whether it holds several experts, each of which is a matrix of its own."""
         return is_stacked(self.name, self.shape)
+
+    @property
+    def vector(self) -> bool:
+        """Whether it, or what each expert has of it, is no matrix."""
+        return is_vector(self.name, self.shape)
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -130,9 +135,8 @@ def _plan_weight(
     shape, stacked = base.shape(name), is_stacked(name, base.shape(name))
     touching = [source for source in sources if name in source.ranks]
     ranks = [None if stacked else source.ranks[name] for source in touching]
-    vector = min(matrix_shape(shape[1:] if stacked else shape)) == 1
     try:
-        choice = wish.of(name, [source.name for source in sources]).choice(ranks, vector)
+        choice = wish.of(name, [source.name for source in sources]).choice(ranks, is_vector(name, shape))
     except ValueError as error:
         dense = [source.name for source in touching if source.ranks[name] is None]
         these = f" (dense here: {', '.join(dense)})" if dense else ""

@@ -101,12 +101,7 @@ class LiveMerge:
         """
         wish, names = wish_for(len(self.held), **words), [source.name for source in self.held]
         merged = {
-            name: replace(
-                item,
-                choice=wish.of(name, names).choice(
-                    self._ranks(name), min(matrix_shape(item.shape[1:] if item.stacked else item.shape)) == 1
-                ),
-            )
+            name: replace(item, choice=wish.of(name, names).choice(self._ranks(name), item.vector))
             for name, item in self._plan.merged.items()
             if wish.selects(name)
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import cached_property
 
-from orthoft.merging.files.tensors import TensorFolder
+from orthoft.merging.files.tensors import TensorFolder, matrix_shape
 
 EXPERTS = re.compile(r"(.*[._])?(experts|moe)[._].*")
 TWINS = {"gate_up_proj": "down_proj", "down_proj": "gate_up_proj"}
@@ -18,6 +18,11 @@ def is_stacked(name: str, shape: tuple[int, ...]) -> bool:
     """
     axes = 2 if name.endswith("bias") else 3
     return len(shape) == axes and EXPERTS.fullmatch(name) is not None
+
+
+def is_vector(name: str, shape: tuple[int, ...]) -> bool:
+    """Say whether a tensor, or what each expert has of it, has one row or one column alone."""
+    return min(matrix_shape(shape[1:] if is_stacked(name, shape) else shape)) == 1
 
 
 class Orientation:
