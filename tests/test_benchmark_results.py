@@ -189,7 +189,7 @@ def test_domains_of_text_are_scored_on_each_other(language: Suite, tmp_path: Pat
     base = found.base()
     other = [found.expert("lora", "0", "a", "b") - base["b"], found.expert("lora", "0", "b", "a") - base["a"]]
     assert found.forgotten("lora")[0] == pytest.approx(sum(other) / 2)
-    assert report.forgetting(found).count("\n") == 3
+    assert report.forgetting(found).count("\n") == 4
 
 
 def test_each_method_is_tried_in_each_space_that_differs() -> None:

@@ -165,7 +165,8 @@ def to_merge(measured: Measured) -> str:
 
 def forgetting(measured: Measured) -> str:
     """How much worse the experts are on the tasks that they were not trained on."""
-    lines = [
+    lines = [["frozen base", f"{mean(measured.base().values()):.3f}", ""]]
+    lines += [
         [measured.suite.rows[row].title, spread(measured.experts(row)), spread(measured.forgotten(row))]
         for row in measured.rows
     ]
