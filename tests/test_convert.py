@@ -460,6 +460,13 @@ def test_an_old_folder_stays(bases: dict[str, Path], tmp_path: Path) -> None:
         from_peft(tmp_path / "none", tmp_path / "c")
 
 
+def test_what_files_do_not_tell_of_convolutions_is_noted(bases: dict[str, Path], tmp_path: Path) -> None:
+    trained(hra("image"), bases["image"]).save_pretrained(str(tmp_path / "a"))
+    (note,) = to_lora(tmp_path / "a", base=bases["image"]).notes
+    assert note.startswith("right for convolutions without groups")
+    assert note.endswith(": first.weight, second.weight")
+
+
 def test_live_models_that_have_no_lora(bases: dict[str, Path]) -> None:
     with pytest.raises(TypeError, match="expected the folder of an adapter or a PeftModel, got a Linear"):
         to_lora(nn.Linear(2, 2))

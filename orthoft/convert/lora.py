@@ -58,8 +58,9 @@ def to_lora(
 
     Raises:
         FileNotFoundError, FileExistsError: the adapter or its base is missing, ``out`` exists.
-        ValueError: the adapter is not of this base, has no exact form and no ``rank`` is given, is merged, or sits on a
-            convolution that a LoRA of PEFT computes otherwise (groups, dilation, padding other than zeros).
+        ValueError: the adapter is not of this base, has no exact form and no ``rank`` is given, is merged, or sits in a
+            model on a convolution that a LoRA of PEFT computes otherwise (groups, dilation, padding other than zeros;
+            files do not tell, so that from a folder the result has a note).
         TypeError: neither a folder nor a PeftModel.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
@@ -93,6 +94,11 @@ def _from_folder(adapter: str | Path, base: str | Path | None, rank: int | None,
     config = dict(source.config) | ({} if base is None else {"base_model_name_or_path": str(base)})
     conversion = _lora(changes, config, source.beside(), rank, len(names) if progress else 0)
     conversion.notes += opened.guesses()
+    if layers := [name for name in names if opened.kind(name) == "convolution"]:
+        conversion.notes.append(
+            f"right for convolutions without groups, dilation and paddings other than zeros, which files do not tell: "
+            f"{', '.join(layers)}"
+        )
     return conversion
 
 
