@@ -146,9 +146,9 @@ class Search:
         self.candidates, self.notes = tried_here(self.live, aim)
         self.scores = self._ends(aim.rows, "tuning")
         self.valued = self._valued()
-        if recipe.merge is not None and recipe.merge.refit_heads:
-            self.notes.append("merge.refit_heads is left out: every merge is scored with the experts' heads")
         wanted = recipe.merge
+        if wanted is not None and wanted.refit_heads:
+            self.notes.append("merge.refit_heads is left out: every merge is scored with the experts' heads")
         self._always = (
             {} if wanted is None else wanted.model_dump(include={"include", "exclude"}, exclude_defaults=True)
         )
