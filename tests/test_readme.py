@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from peft import get_peft_model
 from transformers import AutoModel, BertConfig, BertModel
 
 from orthoft import HRAConfig, OFTv2Config
+from orthoft.recipes.load import overridden, read_yaml
+from orthoft.recipes.prepare import wished
+from orthoft.recipes.schema import Merge
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -43,6 +47,15 @@ def test_python_blocks_run(block: Block, demo: Path) -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
 def test_commands_run(command: str, demo: Path) -> None:
     run_command(command)
+
+
+@pytest.mark.parametrize("command", [line for line in SHELL if line.startswith("orthoft run recipes/")])
+def test_merges_of_recipes_are_possible(command: str) -> None:
+    words = shlex.split(command)
+    raw = read_yaml(README.parent / words[2])
+    for place, word in enumerate(words):
+        raw = overridden(raw, words[place + 1]) if word == "--set" else raw
+    assert wished(Merge.model_validate(raw["merge"]), len(raw["tasks"])).method.name == raw["merge"]["method"]
 
 
 def test_every_command_of_the_readme_exists() -> None:
