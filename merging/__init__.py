@@ -6,12 +6,14 @@ merge("base", ["adapter-a", "adapter-b"], "merged", method="opcm")
 from orthoft.merging.engine import merge
 from orthoft.merging.formats import READERS
 from orthoft.merging.in_memory import merge_deltas
-from orthoft.merging.methods import METHODS, method
+from orthoft.merging.methods import METHODS, Method, method
 from orthoft.merging.outputs import OUTPUTS
 from orthoft.merging.plan import MergePlan, plan
 from orthoft.merging.reports.inspection import InspectReport, inspect_sources
 from orthoft.merging.reports.report import MergeReport, WeightReport
-from orthoft.merging.spaces import SPACES, space
+from orthoft.merging.spaces import SPACES, Space, space
+from orthoft.merging.weightwise import Post
+from orthoft.merging.wish import Wish
 
 __all__ = [
     "METHODS",
@@ -21,7 +23,11 @@ __all__ = [
     "InspectReport",
     "MergePlan",
     "MergeReport",
+    "Method",
+    "Post",
+    "Space",
     "WeightReport",
+    "Wish",
     "inspect_sources",
     "merge",
     "merge_deltas",

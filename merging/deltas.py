@@ -170,6 +170,9 @@ class OnDevice(Delta):
     def rows(self, start: int, stop: int) -> Tensor:
         return self.inner.rows(start, stop).to(self.device)
 
+    def upcast(self, dtype: torch.dtype = torch.float32) -> OnDevice:
+        return OnDevice(self.inner.upcast(dtype), self.device)
+
 
 def moved(delta: Delta, device: torch.device, by_rows: bool = False) -> Delta:
     """Return a delta whose parts are on a device: a rotation stays one, which the space "rotation" tells by.
@@ -226,4 +229,5 @@ def _device(delta: Delta) -> torch.device:
 
 
 def _zero(weight: Tensor) -> LowRank:
-    return LowRank(torch.zeros(weight.shape[0], 0), torch.zeros(0, weight.shape[1]))
+    B, A = weight.new_zeros(weight.shape[0], 0), weight.new_zeros(0, weight.shape[1])
+    return LowRank(B, A).upcast()

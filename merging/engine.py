@@ -16,10 +16,12 @@ from torch import Tensor
 from orthoft.delta import Delta
 from orthoft.merging.deltas import is_small, load_delta, merged_delta, model_scale, save_delta, scaled_entry
 from orthoft.merging.files.tensors import as_matrix
-from orthoft.merging.files.writer import Shard, refuse_existing, write_text
-from orthoft.merging.outputs import Options, Output, get_output
-from orthoft.merging.plan import MergePlan, PathLike, Sources, plan
-from orthoft.merging.ranks import Ranks, open_ranks, pick_device
+from orthoft.merging.files.writer import Shard, write_text
+from orthoft.merging.outputs import Options, Output
+from orthoft.merging.parameters import plain
+from orthoft.merging.plan import MergePlan, PathLike, Sources
+from orthoft.merging.prepared import prepare
+from orthoft.merging.ranks import Ranks, open_ranks
 from orthoft.merging.reports.card import CARD, model_card, sources_config, without_defaults
 from orthoft.merging.reports.report import PAGE, REPORT, MergeReport, WeightReport
 from orthoft.merging.resume.identity import Identity
@@ -74,9 +76,10 @@ def merge(
         base: the base model: a folder with ``model.safetensors`` (or shards and an index), or a Hub id.
         sources: folders or Hub ids, or (name, folder) pairs: adapters and fully fine-tuned checkpoints, mixed freely.
         statistics: by source name, the file of its statistics, for methods that use numbers from data.
-        output: "checkpoint", or "lora": an adapter that plain PEFT loads.
+        output: "checkpoint"; "lora", an adapter that plain PEFT loads; "rotation", an OFTv2 adapter again, of sources
+            that are block rotations; or "delta", the merged change, to merge more tasks into later.
         dtype: "float32", "bfloat16" or "float16" for all floating tensors; unless given, the base's for a checkpoint
-            and float32 for a LoRA.
+            and float32 for the others.
         rank: of a LoRA, which is truncated to it; unless given, the exact one.
         overwrite: replace ``out`` if it exists.
         resume: go on from what an interrupted merge left; if not, that is removed.
@@ -92,8 +95,6 @@ def merge(
         ValueError, TypeError: an unknown name, a wrong value, a corrupt file, an adapter of another base, NaN or Inf.
     """
     start, out = time.perf_counter(), Path(out)
-    make, target = get_output(output), pick_device(device)
-    refuse_existing(out, overwrite)
     words: dict[str, Any] = {
         "method": method,
         "space": space,
@@ -105,21 +106,22 @@ def merge(
         "overrides": overrides,
         "seed": seed,
     }
-    todo = plan(base, sources, weights=weights, statistics=statistics, **words, **params)
-    _refuse_own_folders(todo, out)
-    options = Options(str(base), dtype, rank, max_shard_size)
-    writer = make(todo, options)
-    report = _report(todo, options, output, out)
+    kind = {"output": output, "dtype": dtype, "rank": rank, "max_shard_size": max_shard_size}
+    words, params, kind = plain([words, params, kind])
+    given = {"device": device, "overwrite": overwrite, "weights": weights, "statistics": statistics, **words, **params}
+    ready = prepare(base, sources, out, **kind, **given)
+    todo, writer, output = ready.todo, ready.writer, kind["output"]
+    report = _report(todo, writer.options, output, out)
     report.config = {
         "base": str(base),
         "sources": sources_config(sources, todo.wish.weights.tolist(), statistics or {}),
-        **without_defaults({**words, "include": list(include), "exclude": list(exclude), "params": params}),
-        **without_defaults({"as": output, "dtype": dtype, "rank": rank}),
+        **without_defaults({**words, **_patterns(todo), "params": params}),
+        **without_defaults({"as": output, "dtype": kind["dtype"], "rank": kind["rank"]}),
     }
-    identity = Identity(todo, output, options, target)
+    identity = Identity(todo, output, writer.options, ready.device)
     ranks = open_ranks()
     with partial_folder(out, overwrite, resume, ranks) as partial, _told_if_full(writer, out):
-        run = Run(todo, writer, partial, ranks, identity, target, diagnostics)
+        run = Run(todo, writer, partial, ranks, identity, ready.device, diagnostics)
         with _bar(run, method, progress and ranks.first) as tick:
             report.scale, report.merged = run.write(tick)
 
@@ -132,6 +134,10 @@ def merge(
 
         ranks.only_first(finish)
     return report
+
+
+def _patterns(todo: MergePlan) -> dict[str, list[str]]:
+    return {"include": list(todo.wish.include), "exclude": list(todo.wish.exclude)}
 
 
 def _report(todo: MergePlan, options: Options, output: str, out: Path) -> MergeReport:
@@ -151,19 +157,6 @@ def _report(todo: MergePlan, options: Options, output: str, out: Path) -> MergeR
     )
 
 
-def _refuse_own_folders(todo: MergePlan, out: Path) -> None:
-    place = out.resolve()
-    read = [todo.base.folder, *(source.folder for source in todo.sources)]
-    for path in (*read, *(numbers.file for numbers in todo.statistics.values())):
-        if place in (path.resolve(), *path.resolve().parents):
-            raise ValueError(f"the output folder {out} holds what is merged ({path}): choose another")
-    if todo.base.folder.resolve() in place.parents:
-        raise ValueError(
-            f"the output folder {out} is inside the base ({todo.base.folder}), whose folders are carried over: choose "
-            "another"
-        )
-
-
 class Run:
     """One merge under way, in this process: what is its part of the work, what is done of it."""
 
@@ -180,8 +173,7 @@ class Run:
         self._plan, self._output, self._partial, self._ranks = todo, output, partial, ranks
         self._identity, self._device, self._diagnostics = identity, device, diagnostics
         self._finish = next(iter(todo.merged.values())).choice.finish if todo.merged else None
-        # Deltas wait on disk until the scale of the whole model is known, or for an output that is written at once.
-        self._waiting = list(todo.merged) if self._finish else [] if output.shards else output.names
+        self._waiting = output.waiting
         self._files = {name: partial.scratch / f"{self._key(name)}.safetensors" for name in self._waiting}
         self._scale = 1.0
         self._threads = torch.get_num_threads()
@@ -283,8 +275,8 @@ def _told_if_full(output: Output, out: Path) -> Iterator[None]:
         if error.errno not in FULL:
             raise
         raise OSError(
-            f"the disk of {out} is full: the merge takes about {output.nbytes() / 1e9:.3g} GB there in all; make room "
-            "and give the same command again, it goes on where it stopped"
+            f"the disk of {out} is full: the merge takes about {output.disk_bytes() / 1e9:.3g} GB there in all; make "
+            "room and give the same command again, it goes on where it stopped"
         ) from error
 
 

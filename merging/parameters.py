@@ -58,6 +58,20 @@ class Parameters:
         return TypeError(f"parameter {name!r} of {self.owner} is {_described(expected)}, got {value!r}")
 
 
+def plain(word: Any) -> Any:
+    """Return a word of a merge as Python's own: numbers and arrays of numpy and torch, tuples, words of other kinds.
+
+    So it is checked, made the key of what is finished, and written to report and card as what a YAML file could say.
+    """
+    if isinstance(word, Mapping):
+        return {plain(key): plain(value) for key, value in word.items()}
+    if isinstance(word, list | tuple):
+        return [plain(value) for value in word]
+    if hasattr(word, "tolist"):
+        return word.tolist()
+    return str.__str__(word) if isinstance(word, str) else word
+
+
 def _matches(value: object, expected: Any) -> bool:
     if get_origin(expected) in (Union, UnionType):
         return any(_matches(value, option) for option in get_args(expected))

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from orthoft.linalg import frobenius_norm
+
 RANGE = 1e-5  # singular values below this share of the largest are rounding errors of float32 deltas
 ABSENT = 1e-9  # a task below this share of the largest is a rounding error of the coordinates, of a task that is zero
 RESOLVED = 1e-3  # eigenvalues above this share of the largest are not touched by the rounding of a float32 Gram matrix
@@ -67,7 +69,7 @@ def _sketched(matrix: Tensor, count: int, floor: float) -> Triplets | None:
     Q = torch.linalg.qr(matrix @ (matrix.mT @ Q)).Q  # (m, size), once more for the directions that came out short
     within = Q.mT @ matrix  # (size, n)
     exact = 16 * torch.finfo(matrix.dtype).eps
-    if torch.linalg.vector_norm(matrix - Q @ within) > exact * torch.linalg.vector_norm(matrix):
+    if frobenius_norm(matrix - Q @ within) > exact * frobenius_norm(matrix):
         return None
     U, s, Vh = range_svd(within, floor)
     return (Q @ U)[:, :count], s[:count], Vh[:count]
@@ -105,13 +107,13 @@ def numerical_rank(matrix: Tensor) -> int:
 
 def largest_norm(tasks: Tensor) -> float:
     """Return the Frobenius norm of the largest of the tasks (T, p, q)."""
-    return float(torch.linalg.vector_norm(tasks, dim=(1, 2)).max())
+    return float(frobenius_norm(tasks, 1).max())
 
 
 def changing(tasks: Tensor) -> list[Tensor]:
     """Return those of the tasks (T, p, q) that change the weight: not zero, nor rounding errors of zero."""
     least = ABSENT * largest_norm(tasks)
-    return [task for task in tasks if torch.linalg.vector_norm(task) > least]
+    return [task for task in tasks if frobenius_norm(task) > least]
 
 
 def joint_rank(tasks: Sequence[Tensor]) -> int:
@@ -120,7 +122,7 @@ def joint_rank(tasks: Sequence[Tensor]) -> int:
     Each task counts with norm 1, so that weights have no influence. ``R = min(m, n)`` if one task has full rank, and
     ``R = sum_t r_t`` for low-rank tasks that share no direction, in whatever coordinates.
     """
-    norms = [torch.linalg.vector_norm(task).item() for task in tasks]
+    norms = [frobenius_norm(task).item() for task in tasks]
     scaled = [task / norm for task, norm in zip(tasks, norms, strict=True) if norm > 0]
     if not scaled:
         return 0

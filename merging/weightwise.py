@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from orthoft.delta import Delta, Dense, LowRank
+from orthoft.delta import Delta, Dense, LowRank, of_one_dtype
 from orthoft.errors import unknown
+from orthoft.linalg import frobenius_norm
 from orthoft.merging.methods import Finish, Method
 from orthoft.merging.methods.opcm import mean_task_norm
 from orthoft.merging.spaces import Space
@@ -88,7 +89,7 @@ def merge_weight(
     A row-wise method in the full space goes through slices of rows, so that no more than one task at a time is ever
     whole in memory.
     """
-    method, space = choice.method, choice.space
+    method, space, deltas = choice.method, choice.space, of_one_dtype(deltas)
     if method.coefficients is not None and _stays_factored(deltas, choice):
         return _summed(deltas, method.coefficients(choice.weights), choice, scale)
     given = {"generator": generator, "base": base if space.name == "full" else None, "statistics": statistics}
@@ -99,10 +100,10 @@ def merge_weight(
     else:
         x, decode = space.encode(deltas, base, choice.weights, **choice.space_params)  # (T, p, q)
         merged = method.merge(x, choice.weights, **choice.params, **extras)  # (p, q)
-        norms = torch.linalg.vector_norm(x, dim=(1, 2)).tolist()
+        norms = frobenius_norm(x, 1).tolist()
     if space.isometric:
         merged = _finished(merged, norms, choice) * scale
-        return Merged(decode(merged), float(torch.linalg.vector_norm(merged)), norms)
+        return Merged(decode(merged), float(frobenius_norm(merged)), norms)
     delta = decode(merged)
     delta = delta if scale == 1.0 else delta.scaled(scale)
     return Merged(delta, float(delta.norm()), [float(task.norm()) for task in deltas])
@@ -160,7 +161,7 @@ def _by_rows(deltas: Sequence[Delta], choice: Choice, extras: Mapping[str, Any])
     for start in range(0, m, rows):
         stop = min(start + rows, m)
         x = torch.stack([delta.rows(start, stop) for delta in deltas])  # (T, rows, n)
-        squares.append(torch.linalg.vector_norm(x, dim=(1, 2)).double() ** 2)
+        squares.append(frobenius_norm(x, 1).double() ** 2)
         own = {name: _rows_of(name, extra, start, stop) for name, extra in extras.items()}
         merged = x.new_empty(m, n) if merged is None else merged
         merged[start:stop] = method.merge(x, choice.weights, **choice.params, **own)
@@ -182,5 +183,5 @@ def _finished(merged: Tensor, norms: Sequence[float], choice: Choice) -> Tensor:
         merged = isotropised(merged)
     if post.rescale == "weight":
         tasks = [abs(w) * norm for w, norm in zip(choice.weights.tolist(), norms, strict=True)]
-        merged = merged * mean_task_norm(float(torch.linalg.vector_norm(merged)), tasks)
+        merged = merged * mean_task_norm(float(frobenius_norm(merged)), tasks)
     return merged

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from orthoft.errors import unknown
 from orthoft.merging.methods import Method, get_method
+from orthoft.merging.parameters import plain
 from orthoft.merging.spaces import Space, choose_space, get_space
 from orthoft.merging.weightwise import Choice, Post, Rescale
 
@@ -125,7 +126,8 @@ def wish_for(
         TypeError: a parameter of another type.
     """
     chosen, numbers = get_method(method), task_weights(weights, tasks)
-    post = Post(isotropise, rescale, finite_number("scale", scale))
+    params, overrides = plain(params), plain(overrides)
+    post = Post(isotropise, rescale, finite_number("scale", plain(scale)))
     for words, what in ((include, "include"), (exclude, "exclude")):
         if isinstance(words, str):
             raise TypeError(f"{what} is a sequence of patterns, got {words!r}")

@@ -14,10 +14,20 @@ from orthoft._on_import import after_import
 
 if TYPE_CHECKING:
     from orthoft.adapters import ADAPTERS, GOFTConfig, HRAConfig, OFTv2Config, PSOFTConfig, SVFTConfig
-    from orthoft.convert import from_peft, push_to_hub, serving_notes, to_gguf, to_lora, to_peft
-    from orthoft.reporting import report
+    from orthoft.config import OrthoConfig
+    from orthoft.convert import (
+        Conversion,
+        LayerReport,
+        from_peft,
+        push_to_hub,
+        serving_notes,
+        to_gguf,
+        to_lora,
+        to_peft,
+    )
+    from orthoft.reporting import AdapterReport, Report, report
     from orthoft.trainer import OrthoTrainer, WithPenalty
-    from orthoft.tuner import penalty
+    from orthoft.tuner import OrthoModel, penalty
 
 __version__ = "0.1.0"
 
@@ -28,10 +38,16 @@ _HOMES = {
     "OFTv2Config": "orthoft.adapters",
     "PSOFTConfig": "orthoft.adapters",
     "SVFTConfig": "orthoft.adapters",
+    "OrthoConfig": "orthoft.config",
+    "OrthoModel": "orthoft.tuner",
     "OrthoTrainer": "orthoft.trainer",
     "WithPenalty": "orthoft.trainer",
     "penalty": "orthoft.tuner",
     "report": "orthoft.reporting",
+    "AdapterReport": "orthoft.reporting",
+    "Report": "orthoft.reporting",
+    "Conversion": "orthoft.convert",
+    "LayerReport": "orthoft.convert",
     "from_peft": "orthoft.convert",
     "push_to_hub": "orthoft.convert",
     "serving_notes": "orthoft.convert",
@@ -41,11 +57,17 @@ _HOMES = {
 }
 __all__ = [
     "ADAPTERS",
+    "AdapterReport",
+    "Conversion",
     "GOFTConfig",
     "HRAConfig",
+    "LayerReport",
     "OFTv2Config",
+    "OrthoConfig",
+    "OrthoModel",
     "OrthoTrainer",
     "PSOFTConfig",
+    "Report",
     "SVFTConfig",
     "WithPenalty",
     "from_peft",

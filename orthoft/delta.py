@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from orthoft.krylov import leading_triplets
-from orthoft.linalg import add_block_product, at_least_float32
+from orthoft.linalg import add_block_product, at_least, at_least_float32, frobenius_norm
 
 
 class Delta(ABC):
@@ -18,6 +20,12 @@ class Delta(ABC):
     @abstractmethod
     def shape(self) -> tuple[int, int]:
         """(m, n): outputs, inputs."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of ``dense()``."""
+        factors = self.factors()
+        return (self.rows(0, 0) if factors is None else factors[0]).dtype
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -38,8 +46,7 @@ class Delta(ABC):
 
     def norm(self) -> Tensor:
         """Return the Frobenius norm, a scalar tensor."""
-        norm: Tensor = torch.linalg.vector_norm(self.dense())
-        return norm
+        return frobenius_norm(self.dense())
 
     def scaled(self, scale: float) -> Delta:
         """Return ``scale * delta``."""
@@ -49,9 +56,9 @@ class Delta(ABC):
         """Return the (n, m) change of the transposed weight."""
         return Dense(self.dense().mT)
 
-    def upcast(self) -> Delta:
-        """Return the change with its parts in float32 or more."""
-        return Dense(at_least_float32(self.dense()))
+    def upcast(self, dtype: torch.dtype = torch.float32) -> Delta:
+        """Return the change with its parts in this dtype or more."""
+        return Dense(at_least(self.dense(), dtype))
 
     def truncated(self, rank: int) -> tuple[LowRank, Tensor]:
         """Return the best approximation of at most this rank, and the Frobenius norm of what it leaves out.
@@ -113,8 +120,7 @@ class LowRank(Delta):
         is not (reflections near the identity cancel in ``B A``)."""
         r_b = torch.linalg.qr(self.B, mode="r").R
         r_a = torch.linalg.qr(self.A.mT, mode="r").R
-        norm: Tensor = torch.linalg.vector_norm(r_b @ r_a.mT)
-        return norm
+        return frobenius_norm(r_b @ r_a.mT)
 
     def scaled(self, scale: float) -> LowRank:
         return LowRank(scale * self.B, self.A)
@@ -122,8 +128,8 @@ class LowRank(Delta):
     def transposed(self) -> LowRank:
         return LowRank(self.A.mT, self.B.mT)
 
-    def upcast(self) -> LowRank:
-        return LowRank(at_least_float32(self.B), at_least_float32(self.A))
+    def upcast(self, dtype: torch.dtype = torch.float32) -> LowRank:
+        return LowRank(at_least(self.B, dtype), at_least(self.A, dtype))
 
 
 class SubspaceRotated(Delta):
@@ -159,8 +165,8 @@ class SubspaceRotated(Delta):
     def transposed(self) -> Transposed:
         return Transposed(self)
 
-    def upcast(self) -> SubspaceRotated:
-        return SubspaceRotated(*(at_least_float32(part) for part in (self.weight, self.basis, self.update)))
+    def upcast(self, dtype: torch.dtype = torch.float32) -> SubspaceRotated:
+        return SubspaceRotated(*(at_least(part, dtype) for part in (self.weight, self.basis, self.update)))
 
 
 class Rotated(Delta):
@@ -185,8 +191,8 @@ class Rotated(Delta):
     def transposed(self) -> Transposed:
         return Transposed(self)
 
-    def upcast(self) -> Rotated:
-        return Rotated(at_least_float32(self.weight), at_least_float32(self.update))
+    def upcast(self, dtype: torch.dtype = torch.float32) -> Rotated:
+        return Rotated(at_least(self.weight, dtype), at_least(self.update, dtype))
 
 
 class Transposed(Delta):
@@ -198,6 +204,10 @@ class Transposed(Delta):
     @property
     def shape(self) -> tuple[int, int]:
         return self.inner.shape[1], self.inner.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.inner.dtype
 
     def dense(self) -> Tensor:
         return self.inner.dense().mT
@@ -215,8 +225,14 @@ class Transposed(Delta):
     def transposed(self) -> Delta:
         return self.inner
 
-    def upcast(self) -> Transposed:
-        return Transposed(self.inner.upcast())
+    def upcast(self, dtype: torch.dtype = torch.float32) -> Transposed:
+        return Transposed(self.inner.upcast(dtype))
+
+
+def of_one_dtype(deltas: Sequence[Delta]) -> list[Delta]:
+    """Return the deltas with their parts in the widest of their dtypes, so that none rounds the others."""
+    dtype = reduce(torch.promote_types, (delta.dtype for delta in deltas))
+    return [delta if delta.dtype == dtype else delta.upcast(dtype) for delta in deltas]
 
 
 def _factored_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:

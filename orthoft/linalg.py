@@ -15,11 +15,32 @@ import torch
 from torch import Tensor
 
 RotationMap = Literal["series", "cayley"]
+PIECE = 128  # squares that are added up one after the other
+
+
+def at_least(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``x`` in ``dtype``, or unchanged when its own holds all of that already."""
+    return x.to(torch.promote_types(x.dtype, dtype))
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Return ``x`` in float32, or unchanged when it is float32 or float64 already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return at_least(x, torch.float32)
+
+
+def frobenius_norm(x: Tensor, batch: int = 0) -> Tensor:
+    """Return the Frobenius norms (...) of ``x`` over all dimensions but the first ``batch``, in float32 or more.
+
+    Of pieces first, then of their norms. On the CPU torch adds float32 squares up in float32, one after the other: of a
+    weight of 4096 x 14336 half a percent is lost that way, and a third of 6e8 equal entries; here less than 1e-6 is.
+    """
+    x = x.mT if x.ndim - batch == 2 and x.mT.is_contiguous() else x
+    x = x.flatten(batch) if x.is_contiguous() else x
+    whole, rest = x.shape[-1] // PIECE, x.shape[-1] % PIECE
+    pieces = x.narrow(-1, 0, whole * PIECE).view(*x.shape[:-1], whole, PIECE)
+    norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    norms = torch.cat([norm(pieces), norm(x.narrow(-1, whole * PIECE, rest), keepdim=True)], -1).flatten(batch)
+    return norms[..., 0] if norms.shape[-1] == 1 else frobenius_norm(norms, batch)
 
 
 def skew(entries: Tensor, size: int) -> Tensor:

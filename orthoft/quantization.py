@@ -12,6 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 
+from orthoft.linalg import frobenius_norm
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REFUSED = "merge into the model before quantisation, or keep the adapter apart"
 
@@ -89,9 +91,9 @@ class OriginalWeight:
 
 def requantization_error(layer: BaseTunerLayer, wanted: Tensor) -> float:
     """Return ``||dequantised - W'||_F / ||W'||_F`` of a layer that was to hold ``wanted``, W'."""
-    norm = torch.linalg.vector_norm(wanted).clamp_min(torch.finfo(wanted.dtype).tiny)
-    distance = torch.linalg.vector_norm(layer.get_base_weight().to(wanted) - wanted)
-    return float(distance / norm)
+    norm = frobenius_norm(wanted)
+    distance = frobenius_norm(layer.get_base_weight().to(wanted) - wanted)
+    return float(distance / norm.clamp_min(torch.finfo(norm.dtype).tiny))
 
 
 def requantization_summary(errors: Mapping[str, float]) -> str:

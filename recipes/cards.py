@@ -16,7 +16,9 @@ from orthoft.merging.files.writer import write_text
 from orthoft.merging.formats import READERS
 from orthoft.merging.reports.card import CARD, adapter_papers, model_card
 from orthoft.merging.reports.front_matter import Scored, front_matter
+from orthoft.recipes.expert import Ready
 from orthoft.recipes.kinds import KINDS
+from orthoft.recipes.refit import FOLDER as HEADS
 from orthoft.recipes.table import MERGED, Rows, metrics_of, table
 
 Results = Mapping[str, Any]
@@ -26,6 +28,10 @@ HUB_TASKS = {
     "causal-lm": "text-generation",
     "seq2seq": "text2text-generation",
 }
+OWN_HEADS = (
+    "`merge` is scored on {} by the experts' own linear heads, which are not in this folder: each expert's holds its "
+    "task's in `heads`."
+)
 
 
 def write_cards(results: Results) -> list[Path]:
@@ -40,12 +46,20 @@ def write_cards(results: Results) -> list[Path]:
     return [folder / CARD for folder in cards]
 
 
+def write_expert(results: Results, ready: Ready) -> None:
+    """Write what others need of a trained expert beside its adapter: its task's head, and its card so far."""
+    name = ready.task.name
+    folder = Path(results["experts"][name]["folder"])
+    if ready.head is not None:
+        ready.head.save(folder / HEADS / f"{name}.safetensors")
+    write_text(folder / CARD, expert_card(results, name))
+
+
 def expert_card(results: Results, task: str) -> str:
     """Return the model card of one task's expert."""
-    told, recipe = results["experts"][task], results["recipe"]
+    recipe, folder = results["recipe"], Path(results["experts"][task]["folder"])
     auto = KINDS[kind_of(results, task)].auto
-    config = read_json(Path(told["folder"]) / "adapter_config.json")
-    kind = str(config["peft_type"])
+    kind = str(read_json(folder / "adapter_config.json")["peft_type"])
     name, ours = kind.removeprefix("ORTHOFT_"), kind.startswith("ORTHOFT_")
     front = front_matter(
         base=recipe["base"],
@@ -64,6 +78,7 @@ def expert_card(results: Results, task: str) -> str:
         *markdown([["", ""], *_facts(results, task, name)], numbers=False),
         "",
         *_scores(results, task),
+        *(_head(task) if (folder / HEADS / f"{task}.safetensors").is_file() else []),
         "## Use",
         "",
         f"```python\n{words_to_adapt(auto, recipe['base'], 'this-folder', ours)}\n```",
@@ -82,10 +97,12 @@ def measured(results: Results, row: str) -> list[str]:
     if row != "merge":  # whose gain the table tells of
         scores["merge"] = scores.pop(row)
     rows, refit = table(scores, metrics_of(results)).rows, "merge-refit" in scores
+    probed = [one["name"] for one in results["recipe"]["tasks"] if "head" in one]
     return [
         *markdown(rows),
         "",
         "On the test splits, one seed. Gain kept is (merge - base) / (expert - base), a share of what training gained.",
+        *([OWN_HEADS.format(", ".join(probed))] if probed else []),
         *(["`merge-refit` is this model under the heads in `heads`, fitted anew on its features."] if refit else []),
     ]
 
@@ -138,6 +155,16 @@ def _scores(results: Results, task: str) -> list[str]:
     names = list(rows["adapted"])
     lines = [[row, *(f"{found[name]:.4g}" for name in names)] for row, found in rows.items()]
     return ["## Measured", "", *markdown([["on the test split", *names], *lines]), ""]
+
+
+def _head(task: str) -> list[str]:
+    return [
+        "## Head",
+        "",
+        f"{task} is scored by a linear head on this model's features: `weight` and `bias` in "
+        f"`{HEADS}/{task}.safetensors`; `{HEADS}/{task}.json` has the classes and says how the features are made.",
+        "",
+    ]
 
 
 def _export(ours: bool) -> list[str]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from orthoft.errors import unknown
 from orthoft.merging import MergeReport, merge
 from orthoft.merging.files.hub import find_folder
-from orthoft.recipes.cards import write_cards
+from orthoft.recipes.cards import write_cards, write_expert
 from orthoft.recipes.data import SPLITS
 from orthoft.recipes.devices import merge_device, roomy, slow_type
 from orthoft.recipes.expert import Ready, fingerprint, finished, forget, head_file
@@ -142,6 +142,8 @@ class Run:
             else:
                 self.say(f"  reused {folder}")
             self.results["experts"][task.name] = {"folder": str(folder)} | known
+            if PartialState().is_main_process:
+                write_expert(self.results, self.ready[i])
 
     def choose_subspaces(self) -> None:
         """Choose where each task may write, in the main process, if the recipe wants it and a task is to train."""

@@ -78,7 +78,11 @@ class Export(Strict):
 
 
 class Harness(Strict):
-    """What lm-evaluation-harness runs on the merged export, in the words of its own command line."""
+    """What lm-evaluation-harness runs on the merged export, in the words of its own command line.
+
+    It reads the export as it is stored, in the recipe's ``dtype`` if that is given, and whole: never quantised,
+    whatever the recipe's ``quantization``.
+    """
 
     tasks: Annotated[list[str], Field(min_length=1)]
     limit: PositiveInt | None = None
@@ -99,8 +103,9 @@ class Evaluate(Strict):
 class Quantization(Strict):
     """How models are quantised for training and scoring, in the words of transformers' ``BitsAndBytesConfig``.
 
-    The merge reads the base as it is on disk, is written whole, and is scored quantised as the experts are. Four bits
-    compute in the recipe's ``dtype``, or else in the base's, unless ``bnb_4bit_compute_dtype`` says another.
+    The merge reads the base as it is on disk, is written whole, and is scored quantised as the experts are; a search of
+    merges scores them, the base and the experts whole. Four bits compute in the recipe's ``dtype``, or else in the
+    base's, unless ``bnb_4bit_compute_dtype`` says another.
     """
 
     load_in_4bit: bool = False

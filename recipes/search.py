@@ -41,11 +41,13 @@ from orthoft.recipes.search_report import (
 from orthoft.recipes.search_setup import (
     FOLDER,
     Aim,
+    left_out,
     open_live,
     open_study,
     optuna_module,
     own_words,
     read_experts,
+    refuse_another,
     tried_here,
 )
 from orthoft.recipes.search_space import start, suggest, tidy
@@ -144,14 +146,15 @@ class Search:
         self.ready = read_experts(recipe, base)
         self.live = open_live(recipe, base, memory)
         self.candidates, self.notes = tried_here(self.live, aim)
-        self.scores = self._ends(aim.rows, "tuning")
-        self.valued = self._valued()
         wanted = recipe.merge
-        if wanted is not None and wanted.refit_heads:
-            self.notes.append("merge.refit_heads is left out: every merge is scored with the experts' heads")
         self._always = (
             {} if wanted is None else wanted.model_dump(include={"include", "exclude"}, exclude_defaults=True)
         )
+        if not overwrite:
+            refuse_another(self.out, self._identity())  # before anything is scored
+        self.notes += left_out(recipe)
+        self.scores = self._ends(aim.rows, "tuning")
+        self.valued = self._valued()
         self.study = open_study(self.out, self._identity(), len(self.valued) if aim.pareto else 1, overwrite)
         self.own = None if wanted is None else self._tried(None, own_words(wanted, len(self.tasks)))
 

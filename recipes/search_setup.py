@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from orthoft.delta import Delta, Rotated, SubspaceRotated
+from orthoft.delta import Delta, Rotated, SubspaceRotated, Transposed
 from orthoft.merging import SPACES, plan
 from orthoft.recipes.expert import Ready, fingerprint, finished
 from orthoft.recipes.head import Head
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from optuna import Study
 
 FOLDER, JOURNAL = "search", "search.journal"
+IDENTITY = "identity"  # what Optuna keeps of a search beside its trials
 ROTATIONS: list[set[type[Delta]]] = [{Rotated}, {SubspaceRotated}]
 
 
@@ -75,6 +76,16 @@ def own_words(wanted: Merge, tasks: int) -> dict[str, Any]:
     return {key: one for key, one in words.items() if one is not None}
 
 
+def left_out(recipe: Recipe) -> list[str]:
+    """Return a line for each word of a recipe by which `orthoft run` scores otherwise than a search."""
+    notes = []
+    if recipe.quantization is not None:
+        notes.append("quantization is left out: base, experts and merges are scored whole, by `orthoft run` quantised")
+    if recipe.merge is not None and recipe.merge.refit_heads:
+        notes.append("merge.refit_heads is left out: every merge is scored with the experts' heads")
+    return notes
+
+
 def open_live(recipe: Recipe, base: Path, memory: float) -> LiveMerge:
     """Return the live model with the experts' deltas, if they fit.
 
@@ -97,7 +108,8 @@ def open_live(recipe: Recipe, base: Path, memory: float) -> LiveMerge:
 def tried_here(live: LiveMerge, aim: Aim) -> tuple[list[Candidate], list[str]]:
     """Return what can be tried; spaces of factors or of rotations where all tasks have them."""
     held = [delta for source in live.held for delta in source.deltas.values() if min(delta.shape) > 1]
-    factored, kinds = all(delta.rank() is not None for delta in held), {type(delta) for delta in held}
+    factored = all(delta.rank() is not None for delta in held)
+    kinds = {type(delta.inner if isinstance(delta, Transposed) else delta) for delta in held}  # of a Conv1D, too
     names = ["full"] + [name for name, space in SPACES.items() if space.keeps_factors and factored]
     names += [name for name, space in SPACES.items() if not space.isometric and kinds in ROTATIONS]
 
@@ -109,24 +121,35 @@ def tried_here(live: LiveMerge, aim: Aim) -> tuple[list[Candidate], list[str]]:
     return candidates(aim.methods, aim.spaces, names, works)
 
 
-def open_study(out: Path, identity: Mapping[str, Any], values: int, overwrite: bool) -> Study:
-    """Return the study in a folder, new or to go on with.
+def refuse_another(out: Path, identity: Mapping[str, Any]) -> None:
+    """Check that a folder holds no search, or one of the same.
 
     Raises:
-        FileExistsError: it is one of something else.
+        FileExistsError: it holds one of something else.
     """
-    optuna, backend = optuna_module(), importlib.import_module("optuna.storages.journal")
+    if not (out / JOURNAL).is_file():
+        return
+    now = json.loads(json.dumps(identity))
+    studies = optuna_module().get_all_study_summaries(_storage(out), include_best_trial=False)
+    for before in [study.user_attrs[IDENTITY] for study in studies if IDENTITY in study.user_attrs]:
+        if changed := [key for key in now if before.get(key) != now[key]]:
+            what = ", ".join(changed)
+            raise FileExistsError(f"{out} holds a search with other {what}: give --overwrite to start again")
+
+
+def open_study(out: Path, identity: Mapping[str, Any], values: int, overwrite: bool) -> Study:
+    """Return the study in a folder, new or to go on with, see `refuse_another`."""
     out.mkdir(parents=True, exist_ok=True)
     for name in (JOURNAL, RESULT, PAGE, JOB) if overwrite else ():
         (out / name).unlink(missing_ok=True)
-    fresh = not (out / JOURNAL).is_file()
-    storage = optuna.storages.JournalStorage(backend.JournalFileBackend(str(out / JOURNAL)))
-    study: Study = optuna.create_study(
-        storage=storage, study_name=FOLDER, directions=["maximize"] * values, load_if_exists=True
+    study: Study = optuna_module().create_study(
+        storage=_storage(out), study_name=FOLDER, directions=["maximize"] * values, load_if_exists=True
     )
-    if fresh or "identity" not in study.user_attrs:
-        study.set_user_attr("identity", dict(identity))
-    before = study.user_attrs["identity"]
-    if changed := [key for key in identity if before.get(key) != json.loads(json.dumps(identity[key]))]:
-        raise FileExistsError(f"{out} holds a search with other {', '.join(changed)}: give --overwrite to start again")
+    if IDENTITY not in study.user_attrs:
+        study.set_user_attr(IDENTITY, dict(identity))
     return study
+
+
+def _storage(out: Path) -> Any:
+    backend = importlib.import_module("optuna.storages.journal")
+    return optuna_module().storages.JournalStorage(backend.JournalFileBackend(str(out / JOURNAL)))

@@ -64,7 +64,8 @@ def candidates(
 
     Args:
         methods, spaces: only these, or all that do.
-        default_spaces: tried without ``spaces``; of a method that is the same in all, "auto" alone.
+        default_spaces: tried without ``spaces``. A method that commutes is the same in all isometric ones: of these
+            "auto" stands for all.
         works: raises the ValueError or TypeError of a method in a space.
 
     Raises:
@@ -92,7 +93,8 @@ def _spaces_of(
         raise ValueError("it needs statistics of each task, which a search does not have")
     params = method.bind({})
     if not spaces:
-        default_spaces = ["auto"] if method.commutes(params) else default_spaces
+        if method.commutes(params):
+            default_spaces = ["auto", *(name for name in default_spaces if not SPACES[name].isometric)]
         default_spaces = ["full"] if method.entries(params) else default_spaces
     possible, refused = [], list[ValueError | TypeError]()
     for name in spaces or default_spaces:

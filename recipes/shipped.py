@@ -46,7 +46,8 @@ def copy(name: str, to: str | Path | None = None) -> Path:
 def validate(config: str | Path, overrides: Sequence[str] = ()) -> Kind:
     """Check the YAML file of a recipe or of a merge, told apart by its keys, and return which it is.
 
-    A recipe's words, its files, and the method of its merge or the merge's are checked; no model is opened.
+    A recipe's words, its files, and, as `orthoft.recipes.run` does on this machine, its device, adapters, training
+    arguments and merge are checked, or the words of a merge. No model is opened, and no row of data read.
 
     Raises:
         FileNotFoundError: the file, or one that it names, is not there.
@@ -57,9 +58,7 @@ def validate(config: str | Path, overrides: Sequence[str] = ()) -> Kind:
         raw = overridden(raw, override)
     kind = kind_of(raw)
     if kind == "recipe":
-        recipe = load(raw)
-        if recipe.merge is not None:
-            _wish(len(recipe.tasks), weights=recipe.merge.task_weights(len(recipe.tasks)), **recipe.merge.words())
+        _check(load(raw))
     else:
         job = load_job(raw)
         _wish(len(job.sources), **job.words())
@@ -101,8 +100,15 @@ def write_schema(text: str, out: Path, overwrite: bool = False) -> None:
     _write(out, text)
 
 
+def _check(recipe: Recipe) -> None:
+    from orthoft.recipes.prepare import check, quiet  # torch comes in here, after the words are known to be sound
+
+    with quiet():
+        check(recipe)
+
+
 def _wish(tasks: int, **words: Any) -> None:
-    from orthoft.merging.wish import wish_for  # torch comes in here, after the words are known to be sound
+    from orthoft.merging.wish import wish_for  # torch comes in here, too
 
     try:
         wish_for(tasks, **words)

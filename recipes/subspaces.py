@@ -121,8 +121,10 @@ def mutually_orthogonal(rows: Sequence[Tensor]) -> list[Tensor]:
     M = torch.nn.functional.normalize(torch.cat([part.double() for part in rows]), dim=1)
     values, U = torch.linalg.eigh(M @ M.mT)
     if values.numel() and values[0] < DEPENDENT:
+        told = " + ".join(str(len(part)) for part in rows)
         raise ValueError(
-            "the tasks' subspaces overlap in a direction and cannot be told apart: choose another method or rank"
+            f"the tasks' subspaces ({told} directions of {M.shape[1]} inputs) overlap and cannot be told apart: choose "
+            "smaller ranks, or another method"
         )
     V = (U * values.rsqrt()) @ U.mT @ M
     return list(torch.split(V, [len(part) for part in rows]))

@@ -11,6 +11,7 @@ import yaml
 
 import orthoft.cli.recipes  # noqa: F401  (makes the commands known)
 from orthoft.cli import main
+from orthoft.recipes import RecipeError, run
 from orthoft.recipes.load import read_yaml
 from orthoft.recipes.shipped import json_schema, kind_of
 from orthoft.recipes.task_schema import training_model
@@ -140,6 +141,38 @@ def test_a_recipe_is_checked_to_its_files_and_its_merge(tmp_path: Path, capsys: 
     assert outcome("validate", file, "--set", f"tasks.0.data.train={tmp_path / 'no.jsonl'}") == 2
     assert capsys.readouterr().err == f"error: tasks[0].data.train: no such file: {tmp_path / 'no.jsonl'}\n"
     assert outcome("validate", tmp_path / "no.yaml") == 2
+
+
+REFUSED = [  # before the base is opened: what the libraries say of a recipe's words
+    (
+        ["tasks.0.adapter.type=oftv3", "tasks.1.adapter.rr=4"],
+        ["tasks[0].adapter: unknown adapter type 'oftv3'", "tasks[1].adapter: unknown field of adapter 'hra' 'rr'"],
+    ),
+    (
+        ["defaults.training.load_best_model_at_end=true", "defaults.training.save_strategy='no'"],
+        [f"tasks[{i}].training: load_best_model_at_end is not followed: write early_stopping" for i in range(2)],
+    ),
+    (["tasks.0.adapter.type=ln_tuning"], ["tasks[0].adapter: type 'ln_tuning' cannot be merged, only "]),
+    (["tasks.0.training.optim=adamww"], ["tasks[0].training: adamww is not a valid OptimizerNames"]),
+    (["merge.method=tiess"], ["merge: unknown merge method 'tiess', did you mean 'ties'?"]),
+    (["device=tpu"], ["device: no device 'tpu' here, choose from: cpu"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "lines"), REFUSED, ids=[changes[0] for changes, _ in REFUSED])
+def test_what_a_run_refuses_is_refused(
+    changes: list[str], lines: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = recipe_words(tmp_path, merge={"method": "ties"}, defaults={})
+    file = written(tmp_path, words | {"tasks": [words["tasks"][0], {**words["tasks"][0], "name": "b"}]})
+    assert outcome("validate", file, *(word for change in changes for word in ("--set", change))) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(lines)
+    assert all(one.startswith(f"error: {line}") for one, line in zip(said, lines, strict=True))
+    with pytest.raises(RecipeError) as refused:
+        run(file, changes)
+    assert [f"error: {line}" for line in str(refused.value).splitlines()] == said
+    assert not (tmp_path / "out").exists()
 
 
 # schema

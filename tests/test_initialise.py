@@ -284,7 +284,7 @@ def refusals(folder: Path, base: Any) -> Mapping[str, Any]:
         "unknown way to choose subspaces 'osmr', did you mean 'osrm'": lambda: choose("osmr", ranks(), weights),  # type: ignore[arg-type]
         "'osrm' needs inputs of each of 2 tasks, got those of 0": lambda: choose("osrm", ranks(), weights),
         f"'osrm' needs inputs of '{NAMES[0]}'": lambda: choose("osrm", ranks(), weights, inputs),
-        "overlap in a direction": lambda: choose("osrm", ranks(), weights, collected(base), rotations=True),
+        "overlap and cannot be told apart": lambda: choose("osrm", ranks(), weights, collected(base), rotations=True),
         "do not fit 32 inputs": lambda: choose("orthogonal", [dict.fromkeys(NAMES, 17)] * 2, weights),
         "unknown linear layer 'encoder.weight'": lambda: weights_of(base, ["encoder.weight"]),
         "has no LoRA or PSOFT adapter 'default'": lambda: initialise(hra, rows),

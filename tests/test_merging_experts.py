@@ -20,7 +20,7 @@ from orthoft.merging.sources.orientation import Orientation, is_stacked
 Tensors = dict[str, Tensor]
 EXPERTS, OUTPUTS, INPUTS, TASKS = 3, 8, 6, 3
 UP, DOWN = "layers.0.mlp.experts.gate_up_proj", "layers.0.mlp.experts.down_proj"
-DRAWING = {"dare", "della"}  # their masks depend on the names
+DRAWING = {"dare", "della"}  # their masks depend on the names: see test_merging_draws.py
 CASES = [*((name, "auto") for name in sorted(METHODS.keys() - DRAWING)), ("mean", "rotation"), ("ties", "rotation")]
 
 

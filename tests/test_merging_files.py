@@ -134,3 +134,26 @@ def test_merging_reads_files_by_itself() -> None:
     others = {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names)
     by_name = {"transformers"}  # asked for names, inside a function of sources/renames.py: see test_house
     assert others - by_name == {"orthoft", "torch", "safetensors", "huggingface_hub", "tqdm", "jinja2", "yaml"}
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (
+            ["pytorch_model.bin", "optimizer.pt", "training_args.bin"],
+            " (only safetensors are read: convert pytorch_model.bin)",
+        ),
+        (["model.pth", "rng_state.pth"], " (only safetensors are read: convert model.pth)"),
+        (["model.ckpt"], " (only safetensors are read: convert model.ckpt)"),
+        (["model.pt"], " (only safetensors are read: convert model.pt)"),
+        (["model.gguf"], " (only safetensors are read: convert model.gguf)"),
+        (["optimizer.pt", "config.json"], ""),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_weights_in_other_formats_are_named(names: list[str], told: str, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError) as caught:
+        TensorFolder(tmp_path)
+    assert str(caught.value) == f"no model.safetensors and no model.safetensors.index.json in {tmp_path}{told}"

@@ -98,6 +98,35 @@ def test_mixtures_merge_into_float64(method: str, space: str, bases: Path, tmp_p
     compare(bases, saved, tmp_path / "mixed", method=method, space=space)
 
 
+@pytest.mark.parametrize("space", ["full", "core", "knots"])
+@pytest.mark.parametrize("method", ["ties", "tsv"])
+def test_a_source_that_leaves_a_weight_alone_rounds_nothing(method: str, space: str, tmp_path: Path) -> None:
+    """Whichever place it has among the others: its zeros are in float64 too."""
+    random = torch.Generator().manual_seed(0)
+    places = {"q": ["one", "two"], "v": ["one", "two", "alone"]}
+    base = {f"{place}.weight": torch.randn(40, 30, generator=random, dtype=torch.float64) for place in places}
+    (tmp_path / "base").mkdir()
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    for name in ("one", "two", "alone"):
+        factors = {
+            f"{place}.lora_{part}.weight": torch.randn(*shape, generator=random, dtype=torch.float64)
+            for place, of in places.items()
+            for part, shape in (("A", (3, 30)), ("B", (40, 3)))
+            if name in of
+        }
+        config = {"peft_type": "LORA", "r": 3, "lora_alpha": 3, "target_modules": list(places), "bias": "none"}
+        save_adapter(tmp_path / name, config, factors)
+    found = []
+    for order in (["one", "two", "alone"], ["alone", "one", "two"], ["two", "alone", "one"]):
+        folders, out = [tmp_path / name for name in order], tmp_path / f"{order[0]} first"
+        merge(tmp_path / "base", folders, out, method=method, space=space, **QUIET)
+        found.append(tensors_of(out))
+    first = found[0]
+    for other in found[1:]:
+        for name, tensor in base.items():
+            assert (other[name] - first[name]).norm() < 1e-12 * (first[name] - tensor).norm()
+
+
 def test_rotations_merge_into_float64(bases: Path, tmp_path: Path) -> None:
     saved = [save(kind, bases, tmp_path / kind) for kind in ("ORTHOFT_OFTV2", "OFT", "checkpoint")]
     compare(bases, saved[:2], tmp_path / "rotations", method="mean", space="rotation")

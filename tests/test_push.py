@@ -8,6 +8,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
 from orthoft.cli import main
 from orthoft.convert import push_to_hub
@@ -104,12 +105,34 @@ def test_without_the_hub(expert: Path, hub: type[FakeApi], monkeypatch: pytest.M
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match=r"switched off here \(HF_HUB_OFFLINE\): mine was not pushed"):
         push_to_hub(expert, "mine")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 
+
+ANSWER = SimpleNamespace(headers={}, request=None)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            HfHubHTTPError("401 Client Error\n\nInvalid user token", response=ANSWER),  # type: ignore[arg-type]
+            "(401 Client Error Invalid user token): is HF_TOKEN set to a token that may write there?",
+        ),
+        (
+            ValueError('Invalid metadata in README.md.\n- "license" must be one of [mit]\n'),
+            '(Invalid metadata in README.md. - "license" must be one of [mit])',
+        ),
+        (OSError("no route to host"), "(no route to host)"),
+        (ValueError(), "(ValueError)"),
+    ],
+    ids=["refused", "bad card", "no network", "wordless"],
+)
+def test_all_that_the_hub_says_is_told(
+    error: Exception, message: str, expert: Path, hub: type[FakeApi], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(*args: Any, **words: Any) -> None:
-        raise OSError("401 Client Error\nInvalid user token")
+        raise error
 
-    monkeypatch.setattr(hub, "create_repo", refused)
-    with pytest.raises(ConnectionError, match=r"did not take 'mine' \(401 Client Error\): is HF_TOKEN set") as told:
+    monkeypatch.setattr(hub, "upload_folder", refused)
+    with pytest.raises(ConnectionError) as told:
         push_to_hub(expert, "mine")
-    assert "\n" not in str(told.value)
+    assert str(told.value) == f"the Hub did not take 'mine' {message}"

@@ -11,17 +11,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from merging_files import save_base
+from peft import get_peft_model
 from tiny import label_task, save_bert, save_llama, text_task
 from torch import nn
+from transformers import AutoModel
 
-from orthoft.merging import METHODS, merge
+from orthoft.adapters import ADAPTERS
+from orthoft.merging import METHODS, merge, plan
 from orthoft.recipes import load, run
 from orthoft.recipes.live_merge import LiveMerge, held_bytes
 from orthoft.recipes.merge_job import load_job
 from orthoft.recipes.search import Search, search
 from orthoft.recipes.search_report import Trial, beats, thin
-from orthoft.recipes.search_setup import open_live
-from orthoft.recipes.search_space import RANGES, Range, choices
+from orthoft.recipes.search_setup import Aim, left_out, open_live, tried_here
+from orthoft.recipes.search_space import RANGES, Range, choices, start
 
 pytest.importorskip("optuna")
 Words = dict[str, Any]
@@ -81,8 +85,6 @@ MERGES: list[Words] = [
 
 @pytest.mark.parametrize("merging", MERGES, ids=[m["method"] + m.get("space", "") for m in MERGES])
 def test_a_merge_in_memory_is_the_merge_on_disk_and_is_undone(words: Words, merging: Words, tmp_path: Path) -> None:
-    from transformers import AutoModel
-
     tried = live(words)
     before = state(tried.model)
     experts = [(name, Path(words["output"]) / "experts" / name) for name in "ab"]
@@ -173,6 +175,43 @@ def test_the_section_is_one_of_a_recipe(found: Words, words: Words) -> None:
     assert checked.merge.method == found["merge"]["method"]
 
 
+@pytest.mark.parametrize("method", ["mean", "task_arithmetic"])
+def test_methods_that_commute_are_tried_in_rotation_too(method: str, words: Words) -> None:
+    """It is not isometric, so that they are another merge there; the isometric spaces are one to them."""
+    tried = live(words)
+    aim = Aim([method, "ties"], None, None, "gain", False, False, 0)
+    (commuting, other), _ = tried_here(tried, aim)
+    assert commuting.spaces == ("auto", "rotation")
+    assert other.spaces[0] == "full"
+    assert start(commuting, ["a", "b"])[f"{method}.space"] == "auto"
+    auto, turned = (tried.merged({"method": method, "space": space}) for space in commuting.spaces)
+    assert any(not torch.allclose(auto[name].dense(), turned[name].dense(), rtol=0.02) for name in auto)
+
+
+@pytest.mark.parametrize(("kind", "words"), [("oftv2", {"block_size": 8}), ("hra", {"r": 4})])
+def test_rotations_of_a_conv1d_are_tried_as_such(kind: str, words: Words, tmp_path: Path) -> None:
+    base, experts = save_base(tmp_path / "gpt2", "gpt2"), [tmp_path / name for name in "ab"]
+    for seed, expert in enumerate(experts):
+        torch.manual_seed(seed)
+        config = ADAPTERS[kind](**words, target_modules=["c_attn", "c_fc"], init_weights=False)
+        get_peft_model(AutoModel.from_pretrained(base), config).save_pretrained(expert)
+    todo = plan(base, list(zip("ab", experts, strict=True)), method="mean", space="full")
+    tried = LiveMerge(todo, AutoModel.from_pretrained(base))
+    (mean,), _ = tried_here(tried, Aim(["mean"], None, None, "gain", False, False, 0))
+    assert mean.spaces == ("auto", "rotation")
+    words_of = {"method": "mean", "space": "rotation"}
+    merge(base, list(zip("ab", experts, strict=True)), tmp_path / "merged", progress=False, **words_of)
+    disk = AutoModel.from_pretrained(tmp_path / "merged").state_dict()
+    with tried.changed(tried.merged(words_of)) as model:
+        assert all(torch.equal(tensor, disk[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_a_run_scores_otherwise_is_a_note(words: Words) -> None:
+    assert left_out(load(words)) == []
+    (note,) = left_out(load(words, ["quantization.load_in_4bit=true"]))
+    assert note.startswith("quantization is left out: base, experts and merges are scored whole")
+
+
 def test_a_seed_gives_the_same_trials_broken_off_or_not(
     found: Words, copied: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,10 +230,14 @@ def test_a_seed_gives_the_same_trials_broken_off_or_not(
     assert told(other)[3:] != told(found)[3:]
 
 
-def test_a_search_of_something_else_is_refused(copied: Words) -> None:
+def test_a_search_of_something_else_is_refused(copied: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     search(copied, trials=1, methods=["mean"])
-    with pytest.raises(FileExistsError, match="holds a search with other methods, tried: give --overwrite"):
-        search(copied, trials=1, methods=["ties"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Search, "_score", lambda *_: pytest.fail("a model was scored before"))
+        with pytest.raises(FileExistsError, match="holds a search with other methods, tried: give --overwrite"):
+            search(copied, trials=1, methods=["ties"])
+        with pytest.raises(FileExistsError, match="holds a search with other objective: give --overwrite"):
+            search(copied, trials=1, methods=["mean"], objective="loss")
     assert len(search(copied, trials=1, methods=["ties"], overwrite=True)["trials"]) == 1
 
 

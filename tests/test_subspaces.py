@@ -204,7 +204,7 @@ MISTAKES = [
     (lambda: slices([3, 2], 4), "3 \\+ 2 orthogonal directions do not fit 4 inputs"),
     (lambda: principal([2, 2], torch.eye(3)), "2 \\+ 2 orthogonal directions do not fit 3 singular vectors"),
     (lambda: mutually_orthogonal([torch.eye(3)[:2], torch.eye(3)[1:]]), "do not fit 3 inputs"),
-    (lambda: mutually_orthogonal([torch.eye(4)[:2], torch.eye(4)[1:3]]), "overlap in a direction"),
+    (lambda: mutually_orthogonal([torch.eye(4)[:2], torch.eye(4)[1:3]]), "2 directions of 4 inputs. overlap"),
 ]
 
 

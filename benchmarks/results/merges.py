@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,18 @@ def strengths(method: str, space: str) -> tuple[dict[str, Any], ...]:
     if method in GRAM or (space in SPACES and not SPACES[space].isometric):
         return tuple({"scale": scale} for scale in PLAIN)
     return tuple({"rescale": "model", "scale": scale} for scale in STRENGTHS)
+
+
+def peak(value: Callable[[int], float], count: int) -> int:
+    """Return where values that rise and then fall are largest, looked for from the middle: of equal ones the first."""
+    at = (count - 1) // 2
+    if value(at + 1) > value(at):
+        while at + 1 < count and value(at + 1) > value(at):
+            at += 1
+        return at
+    while at > 0 and value(at - 1) >= value(at):
+        at -= 1
+    return at
 
 
 class Merges:
@@ -99,28 +111,21 @@ class Merges:
         self.cells.put({name: values[self.shop.metric] for name, values in found.items()}, *place, "refit")
 
     def _tuned(self, method: str, space: str, place: tuple[str, ...]) -> dict[str, Any]:
-        """Return the strength that does best on tuning rows; its neighbours are tried until none is better."""
-        tried: dict[int, float] = {}
+        """Return the strength that does best on tuning rows."""
         choices = strengths(method, space)
 
         def value(at: int) -> float:
-            if at not in tried:
-                words = choices[at]
-                known = self.cells.get(*place, "tuning", f"{words['scale']:g}")
-                if known is None:
-                    found = self._scores(method, space, words, "tuning", self.shop.suite.trial_rows)
-                    known = sum(found.values()) / len(found)
-                    self.cells.put(round(known, 5), *place, "tuning", f"{words['scale']:g}")
-                tried[at] = known if self.shop.metric == "accuracy" else -known
-            return tried[at]
+            words = choices[at]
+            known = self.cells.get(*place, "tuning", f"{words['scale']:g}")
+            if known is None:
+                found = self._scores(method, space, words, "tuning", self.shop.suite.trial_rows)
+                known = round(sum(found.values()) / len(found), 5)
+                self.cells.put(known, *place, "tuning", f"{words['scale']:g}")
+            return float(known if self.shop.metric == "accuracy" else -known)
 
-        middle = (len(choices) - 1) // 2
-        step = 1 if value(middle + 1) > value(middle) else -1
-        at = middle + (step == 1)
-        while 0 <= at + step < len(choices) and value(at + step) > value(at):
-            at += step
-        self.cells.put(choices[at]["scale"], *place, "scale")
-        return choices[at]
+        best = choices[peak(value, len(choices))]
+        self.cells.put(best["scale"], *place, "scale")
+        return best
 
     def _scores(
         self, method: str, space: str, words: dict[str, Any], split: str, limit: int | None

@@ -92,9 +92,13 @@ class Measured:
         return dict(sorted(found.items(), key=lambda item: -mean(item[1].kept)))
 
     def best(self, row: str) -> Merge:
-        """The merge that does best on tuning rows."""
+        """The merge that does best on tuning rows, of those measured in every seed of the row."""
         choose = max if self.metric == "accuracy" else min
-        return choose(self.merges(row).values(), key=lambda merge: mean(merge.tuning))
+        return choose(self.compared(row), key=lambda merge: mean(merge.tuning))
+
+    def compared(self, row: str) -> list[Merge]:
+        """The merges measured in every seed of the row: others would be compared over other experts."""
+        return [merge for merge in self.merges(row).values() if len(merge.scores) == len(self.seeds(row))]
 
     def forgotten(self, row: str) -> list[float]:
         """By seed, how much worse than the base the experts are on the other tasks, on average."""
@@ -138,13 +142,18 @@ def merges(measured: Measured) -> str:
     names = list(dict.fromkeys(name for row in rows for name in found[row]))
     lines = []
     for name in names:
-        cells = [
-            f"{spread(found[row][name].kept, 2)} ({mean(found[row][name].scores):.3f})" if name in found[row] else ""
-            for row in rows
-        ]
+        cells = [kept_and_score(found[row].get(name), len(measured.seeds(row))) for row in rows]
         method, space = name.split("/")
         lines.append([method, space, *cells])
     return markdown(["method", "space", *(measured.suite.rows[row].title for row in rows)], lines)
+
+
+def kept_and_score(merge: Merge | None, seeds: int) -> str:
+    """Return a cell of the table of merges, with the number of seeds where it is not that of the row."""
+    if merge is None:
+        return ""
+    fewer = "" if (count := len(merge.scores)) == seeds else f", {count} of {seeds} seeds"
+    return f"{spread(merge.kept, 2)} ({mean(merge.scores):.3f}{fewer})"
 
 
 def to_merge(measured: Measured) -> str:
@@ -157,7 +166,8 @@ def to_merge(measured: Measured) -> str:
         plain, best = found["task_arithmetic/auto"], measured.best(row)
         told = [measured.suite.rows[row].title, f"{measured.parameters(row):,}", spread(measured.experts(row))]
         told += [spread(plain.scores), spread(plain.kept, 2), spread(plain.refit, 2) if plain.refit else ""]
-        told += [f"{best.name}, of {len(found)}", spread(best.kept, 2)] if len(found) > 1 else ["", ""]
+        choice = len(measured.compared(row))
+        told += [f"{best.name}, of {choice}", spread(best.kept, 2)] if choice > 1 else ["", ""]
         lines.append(told)
     heads = ["sum", "gain kept", "heads fitted anew", "merge chosen on tuning rows", "gain kept"]
     return markdown(["", "trained", "experts", *heads], lines)

@@ -105,11 +105,11 @@ ENCODER_ROWS = {
     "osrm": Row("LoRA to merge: OSRM, r=16", LORA_16, to_merge={"method": "osrm"}, rate_of="contrastive"),
     "psoft": Row("PSOFT, r=134", {"type": "psoft", "r": 134}, (1e-3, 5e-3)),
     "psoft-contrastive": Row(
-        "PSOFT to merge: contrastive, r=48", {"type": "psoft", "r": 48}, (5e-3, 2e-2), {"method": "contrastive"}
+        "PSOFT to merge: contrastive, r=40", {"type": "psoft", "r": 40}, (5e-3, 2e-2), {"method": "contrastive"}
     ),
     "psoft-principal": Row(
-        "PSOFT to merge: principal, r=48",
-        {"type": "psoft", "r": 48},
+        "PSOFT to merge: principal, r=40",
+        {"type": "psoft", "r": 40},
         to_merge={"method": "principal"},
         rate_of="psoft-contrastive",
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from io import FileIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -16,6 +17,8 @@ __all__ = ["DTYPES", "TensorFolder", "as_matrix", "matrix_shape", "read_json", "
 
 CHUNK = 2**24  # entries that are compared at once
 MAX_JSON = 100_000_000  # bytes; the index of a model with 100,000 tensors has a tenth of it
+OTHERS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf")  # formats of weights that are not read
+STATE = ("optimizer*", "scheduler.*", "rng_state*", "training_args.*")  # of a training run, no weights
 
 
 class TensorFolder(Mapping[str, Tensor]):
@@ -182,5 +185,6 @@ def _stays_inside(shard: str) -> bool:
 
 
 def _other_weights(folder: Path) -> str:
-    others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.gguf") for file in folder.glob(pattern))
+    others = sorted(file.name for pattern in OTHERS for file in folder.glob(pattern))
+    others = [name for name in others if not any(fnmatch(name, pattern) for pattern in STATE)]
     return f" (only safetensors are read: convert {others[0]})" if others else ""

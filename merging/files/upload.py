@@ -119,8 +119,8 @@ def _upload(folder: Path, told: Push, private: bool | None, revision: str | None
             commit_message=message,
         )
     except (OSError, ValueError, failed) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ConnectionError(
-            f"the Hub did not take {told.repo_id!r} ({reason}): is HF_TOKEN set to a token that may write there?"
-        ) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        answered = isinstance(error, HfHubHTTPError)  # anything else is no matter of who asks
+        hint = ": is HF_TOKEN set to a token that may write there?" if answered else ""
+        raise ConnectionError(f"the Hub did not take {told.repo_id!r} ({reason}){hint}") from error
     return str(where)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from orthoft.merging.files.safetensors_file import SafetensorsFile
-from orthoft.merging.files.tensors import read_json
+from orthoft.merging.files.tensors import OTHERS, STATE, read_json
 
 __all__ = [
     "SafetensorsFile",
@@ -37,20 +37,8 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SINGLE = "model.safetensors"
 # Weights in any format and the state of a training run: of the base, not of the merge. Its model card likewise.
 LEFT_OUT = (
-    *(
-        "*.safetensors",
-        "*.bin",
-        "*.pt",
-        "*.pth",
-        "*.gguf",
-        "*.h5",
-        "*.msgpack",
-        "*.ot",
-        "*.onnx",
-        "*.ckpt",
-        "*.index.json",
-    ),
-    *("optimizer*", "scheduler.*", "rng_state*", "trainer_state.json", "README.md", "report.json", "report.html", ".*"),
+    *(*OTHERS, "*.safetensors", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.index.json"),
+    *(*STATE, "trainer_state.json", "README.md", "report.json", "report.html", ".*"),
 )
 LEFT_OUT_FOLDERS = ("checkpoint-*", "onnx", "openvino", "original", "runs", ".*")
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from math import inf, prod
 from typing import Any
 
 from orthoft.merging.files.header import shortened
 
-NESTED = re.compile(r"\([^()]*[*+}][^()]*\)[*+{]")  # (a+)+ and the like: such patterns can take for ever to match
+# The parser of re, which has no public name: a second one would misread what this one accepts.
+PARSER: Any = import_module("re._parser")
+# An expression from a stranger's file is tried on the names of all modules. With four `.*` that takes a third of a
+# second on a name of 100 characters, with five 7 seconds. REACH is less than those: repeats in a row share them.
+REACH = 50  # lengths among which a repeat may choose
+WAYS = 5e7  # in which an expression may match at most
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ def choice(*words: str) -> Field:
 def patterns(field: Field) -> Field:
     """Return the field of an object from module names, or regular expressions for them, to such values."""
     return Field(
-        f"an object from regular expressions to {field.described}",
+        f"an object from regular expressions, which may not nest repeats or line up many, to {field.described}",
         lambda value: isinstance(value, dict) and all(_is_pattern(k) and field.accepts(v) for k, v in value.items()),
     )
 
@@ -50,13 +57,53 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_pattern(text: Any) -> bool:
-    if not isinstance(text, str) or NESTED.search(text):
+    if not isinstance(text, str):
         return False
     try:
-        re.compile(text)
+        re.compile(rf"(.*\.)?({text})$")  # as `by_pattern` has it, where flags for the whole have no place
+        return _ways(PARSER.parse(text)) <= WAYS
     except (re.error, OverflowError, RecursionError):
         return False
-    return True
+
+
+def _ways(parts: Any) -> float:
+    """Return in how many ways the parts of a parsed expression may match a name, about; inf where they double with it.
+
+    That is where a repeat holds something that has a choice itself, such as ``(a+)+``, ``(a|a)*`` or ``(a?){40}``.
+    """
+    return prod((_ways_of(str(op), value, after) for (op, value), after in _followed(parts)), start=1.0)
+
+
+def _followed(parts: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield each part, and what comes after it, None at the end."""
+    return zip(parts, [*list(parts)[1:], None], strict=False)  # an empty expression has no parts
+
+
+def _ways_of(op: str, value: Any, after: Any) -> float:
+    if op.endswith("_REPEAT"):
+        least, most, inside = int(value[0]), int(value[1]), _ways(value[2])
+        if most <= 1:
+            return (1 - least) + inside
+        if least > REACH or inside > 1:
+            return inf
+        lengths = min(most, REACH) - least + 1
+        return 2 if lengths < 2 or _only_digits(value[2], after) else lengths  # not 1: a repeat of it would be nested
+    if op == "BRANCH":
+        return sum(map(_ways, value[1]))
+    if op in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
+        return _ways(value[-1])
+    if op == "ATOMIC_GROUP":
+        return _ways(value)
+    if op == "GROUPREF_EXISTS":
+        return sum(_ways(choice or ()) for choice in value[1:])
+    return 1
+
+
+def _only_digits(body: Any, after: Any) -> bool:
+    """Say whether a repeat is of digits up to a character that is none, as in ``\\d+\\.``: it has to take them all."""
+    kinds = [str(kind) for kind in body[0][1]] if len(body) == 1 and str(body[0][0]) == "IN" else []
+    digits = kinds in (["(CATEGORY, CATEGORY_DIGIT)"], ["(RANGE, (48, 57))"])
+    return digits and after is not None and str(after[0]) == "LITERAL" and not chr(after[1]).isdigit()
 
 
 COUNT = count()

@@ -73,6 +73,7 @@ class Reader:
     weightless: bool = False
 
 
+LONGEST_NAME = 500  # of a module: what an expression takes grows with a power of it
 READERS: dict[str, Reader] = {}
 
 
@@ -109,6 +110,10 @@ def get_reader(config: Config) -> Reader:
 
 def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """Return the value of the first pattern that is the end of the module's name, or is a regular expression for it."""
+    if patterns and len(module) > LONGEST_NAME:
+        raise ValueError(
+            f"{module[:40]}... has {len(module)} characters, too many to look for by patterns: at most {LONGEST_NAME}"
+        )
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

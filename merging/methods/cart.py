@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
+from orthoft.linalg import frobenius_norm
 from orthoft.merging.methods.registry import method, weighted
 from orthoft.merging.spectra import RANGE, Range, joint_rank, largest_norm, svd
 
@@ -38,7 +38,7 @@ def cart(
     centred, rank, floor = list(tasks - centre), min(x.shape[1:]), 0.0
     if range == "numerical":
         floor = RANGE * largest_norm(tasks)  # less is rounding of the centring
-        centred = [rest for rest in centred if torch.linalg.vector_norm(rest) > floor]
+        centred = [rest for rest in centred if frobenius_norm(rest) > floor]
         rank = joint_rank(centred)
     for rest in centred:
         U, s, Vh = svd(rest, range, math.ceil(rank_fraction * rank), floor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from orthoft.linalg import frobenius_norm
 from orthoft.merging.methods.registry import method, weighted
 from orthoft.merging.spectra import RANGE, Range, Triplets, largest_norm, participants, svd, whitened_product
 
@@ -43,5 +44,5 @@ def iso_cts(x: Tensor, weights: Tensor, *, common_fraction: float = 0.8, range: 
 
 def specific(task: Tensor, U: Tensor, k: int, range: Range) -> Triplets:
     """Return the first k triplets of what is left of a task (p, q) outside of the columns of ``U`` (p, c)."""
-    floor = RANGE * float(torch.linalg.vector_norm(task))  # less is rounding of the projection
+    floor = RANGE * float(frobenius_norm(task))  # less is rounding of the projection
     return svd(task - U @ (U.mT @ task), range, k, floor)

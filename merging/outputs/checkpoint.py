@@ -64,6 +64,9 @@ class CheckpointOutput(Output):
             stream(pieces, work, write, max(IN_FLIGHT, FLOAT32 * largest))
         return out.digest
 
+    def weight_bytes(self, name: str) -> int:
+        return self._dtype(name).itemsize * prod(self.plan.base.shape(name))
+
     def _dtype(self, name: str) -> torch.dtype:
         stored = self.plan.base.dtype(name)
         return self.dtype if self.dtype is not None and stored in MERGEABLE else stored

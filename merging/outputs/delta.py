@@ -39,6 +39,10 @@ class DeltaOutput(Output):
                 f"{scaled[0]!r}, give it later, when the delta is merged into a model"
             )
 
+    def weight_bytes(self, name: str) -> int:
+        (m, n), each = self.plan.merged[name].matrix, (self.dtype or torch.float32).itemsize
+        return each * min(self.entries(name), m * n)
+
     def write(self, folder: Path, delta_of: DeltaOf, report: MergeReport) -> None:
         keys = [f"{name}.{part}" for name in self.names for part in ("B", "A", "dense")]
         with SafetensorsFile(folder / "delta.safetensors", keys) as file:

@@ -44,6 +44,11 @@ class LoraOutput(Output):
                 f"(they merge in space {plan.merged[dense[0]].space.name!r})"
             )
 
+    def entries(self, name: str) -> int:
+        (m, n), rank = self.plan.merged[name].matrix, self.plan.merged[name].rank
+        most = min(m, n) if rank is None else max(rank, 1)
+        return (m + n) * min(most, self.options.rank or most)
+
     def keep(self, delta: Delta, entry: WeightReport) -> LowRank:
         factors, rank = delta.factors(), self.options.rank
         if factors is not None and factors[0].shape[1] == 0:  # PEFT knows no rank 0

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from orthoft.delta import Delta
 from orthoft.errors import unknown
-from orthoft.merging.files.tensors import matrix_shape
 from orthoft.merging.files.writer import Shard
 from orthoft.merging.plan import MergePlan
 from orthoft.merging.reports.report import MergeReport, WeightReport
@@ -73,14 +72,28 @@ class Output(ABC):
         ``report`` lists what was merged, and the output adds what it does not carry.
         """
 
+    @property
+    def waiting(self) -> list[str]:
+        """The weights whose deltas wait on disk, for the scale of the whole model or to be written at once."""
+        scaled = any(item.choice.finish for item in self.plan.merged.values())
+        return list(self.plan.merged) if scaled else [] if self.shards else self.names
+
     def nbytes(self) -> int:
         """Return about how many bytes the output takes."""
-        return sum(shard.nbytes for shard in self.shards) or sum(map(self.delta_bytes, self.names))
+        return sum(shard.nbytes for shard in self.shards) or sum(map(self.weight_bytes, self.names))
 
-    def delta_bytes(self, name: str) -> int:
-        """Return about how many bytes a merged delta takes in float32."""
-        (m, n), rank = matrix_shape(self.plan.merged[name].shape), self.plan.merged[name].rank
-        return 4 * (m * n if rank is None else rank * (m + n))
+    def disk_bytes(self) -> int:
+        """Return about how many bytes the merge takes on the disk in all: deltas wait there in float32."""
+        return self.nbytes() + torch.float32.itemsize * sum(map(self.entries, self.waiting))
+
+    def weight_bytes(self, name: str) -> int:
+        """Return about how many bytes the output takes for a merged weight; none for one that it leaves out."""
+        return (self.dtype or torch.float32).itemsize * self.entries(name) if name in self.names else 0
+
+    def entries(self, name: str) -> int:
+        """Return about how many numbers `keep` leaves of a merged delta."""
+        (m, n), rank = self.plan.merged[name].matrix, self.plan.merged[name].rank
+        return m * n if rank is None else rank * (m + n)
 
 
 OUTPUTS: dict[str, type[Output]] = {}

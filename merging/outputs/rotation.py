@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from orthoft.delta import Delta, Rotated, Transposed
 from orthoft.merging.files.safetensors_file import SafetensorsFile
 from orthoft.merging.files.writer import write_json
+from orthoft.merging.formats.registry import block_size
 from orthoft.merging.lie_algebra import generator
 from orthoft.merging.outputs.modules import module_names
 from orthoft.merging.outputs.registry import DeltaOf, Options, Output, output, rounded
@@ -58,6 +60,22 @@ class RotationOutput(Output):
                 "output='rotation' holds rotations alone: take neither a scale of the result nor conflict=True, nor a "
                 f"method that scales the whole model, got method {plan.wish.method.name!r}"
             )
+
+    def entries(self, name: str) -> int:
+        inputs, size = self._inputs_and_block(name)
+        return inputs * size
+
+    def weight_bytes(self, name: str) -> int:
+        inputs, size = self._inputs_and_block(name)
+        each = (self.dtype or torch.float32).itemsize
+        return each * inputs * (size - 1) // 2 if name in self.names else 0
+
+    def _inputs_and_block(self, name: str) -> tuple[int, int]:
+        """Return how many inputs a weight has, and the size of its merged blocks: that of the space "rotation"."""
+        (m, n), flipped = self.plan.merged[name].matrix, self.plan.merged[name].inputs_first
+        turning = [s for s in self.plan.sources if isinstance(s, AdapterSource) and name in s.adapter_ranks]
+        found = [tensor.shape[-1] for source in turning for tensor in source.tensors(name).values()]
+        return m if flipped else n, lcm(*map(block_size, found))
 
     def write(self, folder: Path, delta_of: DeltaOf, report: MergeReport) -> None:
         modules = module_names(self.plan, self.names)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from orthoft.delta import Delta
+from orthoft.linalg import frobenius_norm
 from orthoft.merging.reports import measures
 from orthoft.merging.reports.measures import LEADING, Bases
 
@@ -129,7 +130,7 @@ def diagnose(
     gram = _products(tasks, bases, merged)  # (T, T), or (T + 1, T) with the merged delta last
     spread = _Spread(len(deltas), places)
     told = _of_tasks(tasks, bases, gram[: len(tasks)], ranges, spread)
-    told.base_norm = None if base is None else _plain(float(torch.linalg.vector_norm(base)))
+    told.base_norm = None if base is None else _plain(float(frobenius_norm(base)))
     if merged is not None:
         told.merged = _of_merge(merged, gram, numbers[places], spread, generator)
         if base is not None:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from orthoft.merging.files.streaming import IN_FLIGHT
 from orthoft.merging.methods import Method
+from orthoft.merging.outputs import Options, Output
+from orthoft.merging.outputs.checkpoint import CheckpointOutput
 from orthoft.merging.plan import MergePlan, WeightPlan
 from orthoft.merging.weightwise import SLICE
 
@@ -35,7 +37,8 @@ class Job:
         rank: of the result's factors, None if it will be dense.
         itemsize: bytes of an entry of the base, as stored.
         rowwise: the method goes through slices of rows in the full space.
-        output: "checkpoint" writes the weight, anything else the factors in float32.
+        output: "checkpoint" adds to the weight, anything else keeps the factors.
+        written: bytes that the output takes for it, those of the weight unless given.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Job:
     itemsize: int
     rowwise: bool
     output: str
+    written: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,21 +100,28 @@ def estimate(job: Job, rates: Rates) -> Estimate:
     dense = sum(rank is None for rank in job.ranks)
     entries = m * n
     read = entries * job.itemsize * (1 + dense) + 4 * R * (m + n)
-    written = entries * job.itemsize if job.output == "checkpoint" else 4 * (job.rank or min(m, n)) * (m + n)
+    written = entries * job.itemsize if job.written is None else job.written
     products, decompositions, p, q = _work(job, R)
     seconds = products / rates.matmul + decompositions / rates.svd + rates.merge_seconds(p, q)
     seconds += (6 * read + 8 * written + 4 * entries * (8 + 2 * dense)) / rates.copy
     return Estimate(read, written, products + decompositions, seconds, _memory(job, R, dense))
 
 
-def estimates(plan: MergePlan, output: str = "checkpoint", rates: Rates | None = None) -> dict[str, Estimate]:
-    """Return the cost of each weight of a plan."""
+def estimates(plan: MergePlan, output: Output | None = None, rates: Rates | None = None) -> dict[str, Estimate]:
+    """Return the cost of each weight of a plan, nothing for one that the output does not ask for.
+
+    ``output`` is a checkpoint in the base's dtype unless given, here and below.
+    """
     params, _ = plan.wish.bound()
-    measured = rates or calibrate(plan.wish.method, params, plan.wish.weights)
-    return {name: estimate(_job(plan, item, output), measured) for name, item in plan.merged.items()}
+    measured, output = rates or calibrate(plan.wish.method, params, plan.wish.weights), output or _checkpoint(plan)
+    asked = {*output.names, *output.waiting}
+    return {
+        name: estimate(_job(plan, item, output), measured) if name in asked else Estimate(0, 0, 0.0, 0.0, 0)
+        for name, item in plan.merged.items()
+    }
 
 
-def plan_table(plan: MergePlan, output: str = "checkpoint", rates: Rates | None = None) -> str:
+def plan_table(plan: MergePlan, output: Output | None = None, rates: Rates | None = None) -> str:
     """Return what a merge would do as text: a line for each weight, and the totals."""
     lines = plan_rows(plan, output, rates)
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADERS))]
@@ -123,8 +134,9 @@ def plan_table(plan: MergePlan, output: str = "checkpoint", rates: Rates | None 
     return "\n".join([*(line.rstrip() for line in text), *(f"note: {note}" for note in plan.notes)])
 
 
-def plan_rows(plan: MergePlan, output: str = "checkpoint", rates: Rates | None = None) -> list[Sequence[str]]:
+def plan_rows(plan: MergePlan, output: Output | None = None, rates: Rates | None = None) -> list[Sequence[str]]:
     """Return the cells of `plan_table`, the names of its columns first."""
+    output = output or _checkpoint(plan)
     costs = estimates(plan, output, rates)
     lines: list[Sequence[str]] = [HEADERS]
     for name, cost in costs.items():
@@ -132,22 +144,25 @@ def plan_rows(plan: MergePlan, output: str = "checkpoint", rates: Rates | None =
         rank = "-" if item.rank is None else str(item.rank)
         shape = " x ".join(map(str, item.shape))
         lines.append((name, shape, ", ".join(item.sources), item.space.name, rank, *_cells(cost)))
-    lines.append(("total", f"{len(costs)} weights", "", "", "", *_cells(total(plan, costs))))
+    lines.append(("total", f"{len(costs)} weights", "", "", "", *_cells(total(plan, costs, output))))
     return lines
 
 
-def total(plan: MergePlan, costs: Mapping[str, Estimate]) -> Estimate:
+def total(plan: MergePlan, costs: Mapping[str, Estimate], output: Output | None = None) -> Estimate:
     """Return the cost of the merge: sums, what is copied besides, and the peak of the whole process.
 
-    The base passes through in pieces; the files of the sources are mapped, and count until the system needs the space.
+    The base of a checkpoint passes through in pieces, for anything else its merged weights alone are read; the files of
+    the sources are mapped, and count until the system needs the space.
     """
+    output = output or _checkpoint(plan)
     sizes = {name: math.prod(plan.base.shape(name)) * plan.base.dtype(name).itemsize for name in plan.base}
-    untouched = sum(size for name, size in sizes.items() if name not in costs)
+    untouched = sum(size for name, size in sizes.items() if name not in costs) if output.shards else 0
     read = sum(cost.bytes_read for cost in costs.values()) + untouched
-    passing = min(sum(sizes.values()), IN_FLIGHT) + read - sum(sizes.values())
+    of_base = untouched + sum(sizes[name] for name, cost in costs.items() if cost.bytes_read)
+    passing = (min(of_base, IN_FLIGHT) if output.shards else 0) + read - of_base
     return Estimate(
         read,
-        sum(cost.bytes_written for cost in costs.values()) + untouched,
+        output.nbytes(),
         sum(cost.flops for cost in costs.values()),
         SETTING_UP + sum(cost.seconds for cost in costs.values()),
         resident_bytes() + passing + max((cost.memory for cost in costs.values()), default=0),
@@ -195,7 +210,11 @@ def _memory(job: Job, R: int, dense: int) -> int:
     return max(held + merging, factors + adding)
 
 
-def _job(plan: MergePlan, item: WeightPlan, output: str) -> Job:
+def _checkpoint(plan: MergePlan) -> Output:
+    return CheckpointOutput(plan, Options(str(plan.base.folder)))
+
+
+def _job(plan: MergePlan, item: WeightPlan, output: Output) -> Job:
     return Job(
         item.name,
         item.matrix,
@@ -205,7 +224,8 @@ def _job(plan: MergePlan, item: WeightPlan, output: str) -> Job:
         item.rank,
         plan.base.dtype(item.name).itemsize,
         item.choice.method.rowwise,
-        output,
+        "checkpoint" if output.shards else "factors",
+        output.weight_bytes(item.name),
     )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from orthoft.delta import Delta, LowRank
-from orthoft.linalg import at_least_float32
+from orthoft.linalg import at_least, at_least_float32, frobenius_norm
 from orthoft.merging.files.tensors import TensorFolder, is_finite
 
 CHUNK = 2**24  # entries that are read at once where no rows are asked for
@@ -40,12 +40,11 @@ class Replaced(Delta):
 
     def norm(self) -> Tensor:
         step = max(CHUNK // max(self.shape[1], 1), 1)
-        parts = [torch.linalg.vector_norm(self.rows(i, i + step)) for i in range(0, self.shape[0], step)]
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(parts)) if parts else self._weight.new_zeros(())
-        return norm
+        parts = [frobenius_norm(self.rows(i, i + step)) for i in range(0, self.shape[0], step)]
+        return frobenius_norm(torch.stack(parts) if parts else self.rows(0, 0))
 
-    def upcast(self) -> Replaced:
-        return Replaced(self._tensors, self._name, at_least_float32(self._weight), self._what)
+    def upcast(self, dtype: torch.dtype = torch.float32) -> Replaced:
+        return Replaced(self._tensors, self._name, at_least(self._weight, dtype), self._what)
 
 
 def replaced_rows(indices: list[int], rows: Tensor, weight: Tensor) -> LowRank:

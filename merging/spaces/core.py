@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from orthoft.delta import Delta, LowRank
 from orthoft.merging.spaces.registry import Decode, space
+from orthoft.merging.spectra import RANGE
 
 Basis = Literal["svd", "qr"]
 RESOLVED = 1e-8  # the share of the largest eigenvalue above which a float64 Gram matrix knows the smallest
@@ -25,6 +27,10 @@ def core(
     p, q <= R, in float64, as in the paper. ``basis="qr"`` takes the columns of QR factorisations instead, in less time:
     the first tasks then lie in the leading rows and columns. It is the default where the method commutes, which sees no
     difference.
+
+    Singular vectors to equal values, as those of stacked ``A_t`` with orthonormal rows, are any basis of their span,
+    which rounding would choose. Here it is one that follows the factors in their order (`_settled`): orthonormal rows
+    themselves. What other tasks have there is rounding, but not zero, and counts for methods that count who agrees.
     """
     factors = [f for delta in deltas if (f := delta.factors()) is not None]
     dtype = factors[0][0].dtype
@@ -51,7 +57,27 @@ def _bases(parts: Sequence[Tensor], basis: Basis) -> tuple[Tensor, Sequence[Tens
         Q, R = torch.linalg.qr(stacked)
         return Q, torch.split(R, sizes, dim=1)
     U, s, Vh = _tall_svd(stacked)
-    return U, torch.split(s[:, None] * Vh, sizes, dim=1)
+    U, coordinates = _settled(U, s, Vh)
+    return U, torch.split(coordinates, sizes, dim=1)
+
+
+def _settled(U: Tensor, s: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``U`` (m, p) and ``diag(s) Vh`` (p, R), in a basis of their own where neighbours in ``s`` are equal.
+
+    Among k equal singular values ``U_k`` is turned by the eigenvectors of ``Vh_k diag(sqrt(1), ..., sqrt(R)) Vh_k^T``
+    (k, k), and ``diag(s_k) Vh_k`` with it, so that the product stays: what comes out depends on their span alone, as
+    the columns have different numbers. Equal is what differs by `RANGE` of the largest or less, the rounding of float32
+    factors. Other singular vectors stay as they are.
+    """
+    coordinates, numbers = s[:, None] * Vh, torch.arange(1, Vh.shape[1] + 1).to(s).sqrt()
+    breaks = (s[:-1] - s[1:] > RANGE * s[:1]).nonzero().flatten().add(1).tolist()
+    for start, stop in pairwise([0, *breaks, len(s)]):
+        if stop - start > 1:
+            part = Vh[start:stop]
+            turn = torch.linalg.eigh(part * numbers @ part.mT).eigenvectors
+            U[:, start:stop] = U[:, start:stop] @ turn
+            coordinates[start:stop] = turn.mT @ coordinates[start:stop]
+    return U, coordinates
 
 
 def _tall_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -73,7 +73,8 @@ def _exact_update(delta: Delta, base: Tensor) -> Tensor | None:
     """Return ``C - I`` in float64, made orthogonal, of a delta that rotates this weight; None of any other."""
     if not isinstance(delta, Rotated | SubspaceRotated):
         return None
-    if delta.weight is not base and not (delta.weight.dtype == base.dtype and torch.equal(delta.weight, base)):
+    wide = torch.promote_types(delta.weight.dtype, base.dtype)
+    if delta.weight is not base and not torch.equal(delta.weight.to(wide), base.to(wide)):
         return None
     update, distance = nearest_orthogonal(delta.update.double())
     return update if distance <= NEARLY else None

@@ -10,7 +10,7 @@ import typer
 
 from orthoft.cli.app import app
 from orthoft.cli.commands import LOOK
-from orthoft.cli.output import Output
+from orthoft.cli.output import Output, check_file
 
 
 @app.command(rich_help_panel=LOOK)
@@ -45,10 +45,12 @@ def inspect(
         return
     from orthoft.merging import inspect_sources
 
+    if html is not None:
+        check_file(html)
     report = inspect_sources(base, path, progress=sys.stderr.isatty())
+    out.show(report.to_dict(), str(report))
     if html is not None:
         report.to_html(html)
-    out.show(report.to_dict(), str(report))
 
 
 Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="All about this one: its formula, its parameters.")]

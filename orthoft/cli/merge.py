@@ -110,9 +110,9 @@ def merge(
     given = {key: value for key, value in given.items() if value is not None}
     from orthoft.recipes.merge_job import load_job
 
-    arguments = load_job(with_statistics(read(config), given, statistics or ()), set_ or ()).arguments()
+    arguments = with_statistics(load_job({**read(config), **given}, set_ or ()).arguments(), statistics or ())
     if dry_run:
-        out.show(*planned(arguments))
+        out.show(*planned({**arguments, "overwrite": overwrite}))
         return
     from orthoft.merging import merge as merge_models
 
@@ -145,46 +145,40 @@ def read(config: Path | None) -> dict[str, Any]:
     return read_yaml(config)
 
 
-def with_statistics(words: Mapping[str, Any], given: Mapping[str, Any], statistics: Sequence[str]) -> dict[str, Any]:
-    """Return the words with the options given over them, and each file of statistics at its source."""
-    words = {**words, **given}
-    if not statistics:
-        return words
-    sources = [{"path": one} if isinstance(one, str) else dict(one) for one in words.get("sources", [])]
-    named = {source.get("name") or Path(source["path"]).name: source for source in sources}
+def with_statistics(arguments: Mapping[str, Any], statistics: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of a merge with each file of statistics at its source."""
+    from orthoft.errors import unknown
+    from orthoft.recipes.strict import expanded
+
+    named, files = [name for name, _ in arguments["sources"]], dict(arguments["statistics"])
     for text in statistics:
         name, equals, path = text.partition("=")
         if not (equals and path):
             raise ValueError(f"--statistics takes NAME=PATH, got {text!r}")
         if name not in named:
-            from orthoft.errors import unknown
-
             raise unknown("source in --statistics", name, named)
-        named[name]["statistics"] = path
-    return {**words, "sources": sources}
+        files[name] = expanded(path)
+    return {**arguments, "statistics": files}
 
 
 def planned(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Return the plan of a merge as plain values and as a table."""
-    from orthoft.merging import plan
-    from orthoft.merging.outputs import Options, get_output
+    """Return the plan of a merge as plain values and as a table, or raise what the merge would refuse."""
+    from orthoft.merging.prepared import prepare
     from orthoft.merging.reports.estimate import WORDS, calibrate, estimates, plan_rows, plan_table, total
     from orthoft.recipes.table import Table
 
-    beside = ("out", "output", "dtype", "rank", "max_shard_size", "device", "diagnostics")
-    todo = plan(**{key: value for key, value in arguments.items() if key not in beside})
-    chosen = {key: arguments[key] for key in ("dtype", "rank", "max_shard_size")}
-    get_output(arguments["output"])(todo, Options(str(arguments["base"]), **chosen))  # refuses what it could not write
+    ready = prepare(**{key: value for key, value in arguments.items() if key != "diagnostics"})
+    todo, output = ready.todo, ready.writer
     rates = calibrate(todo.wish.method, todo.wish.bound()[0], todo.wish.weights)
-    costs = estimates(todo, arguments["output"], rates)
+    costs = estimates(todo, output, rates)
     weights = {
         name: {"shape": item.shape, "sources": item.sources, "space": item.space.name, "rank": item.rank}
         | asdict(costs[name])
         for name, item in todo.merged.items()
     }
-    told = {"weights": weights, "total": asdict(total(todo, costs)), "notes": list(todo.notes)}
-    kind, notes = arguments["output"], "\n".join(f"note: {note}" for note in todo.notes)
-    return told, Table(plan_table(todo, kind, rates), plan_rows(todo, kind, rates), WORDS, notes)
+    told = {"weights": weights, "total": asdict(total(todo, costs, output)), "notes": list(todo.notes)}
+    notes = "\n".join(f"note: {note}" for note in todo.notes)
+    return told, Table(plan_table(todo, output, rates), plan_rows(todo, output, rates), WORDS, notes)
 
 
 def parse_source(text: str) -> dict[str, Any]:

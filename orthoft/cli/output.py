@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
@@ -76,6 +77,15 @@ class NoTerminal:
 def is_log() -> bool:
     """Say whether what is printed will be read as a log, or on a terminal that cannot move back."""
     return os.environ.get("CI", "").lower() not in ("", "0", "false") or os.environ.get("TERM") == "dumb"
+
+
+def check_file(file: Path) -> None:
+    """Make the folder of a file that is written at the end, or raise an OSError: before the work, not after it."""
+    from orthoft.merging.files.writer import make_parent
+
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder: give the name of a file in it")
+    make_parent(file)
 
 
 def put(text: str, stream: TextIO) -> None:

@@ -76,6 +76,9 @@ def validate(
 ) -> None:
     """Check a recipe, or the YAML file of a merge, before any work: "ok", or one line per mistake.
 
+    Of a recipe: its words, its files, and its device, adapters, training arguments and merge as `run` takes them on
+    this machine. What depends on the base and on the rows `run` checks before it trains.
+
     Example: orthoft recipes validate mine.yaml --set merge.method=ties
 
     In Python: orthoft.recipes.shipped.validate("mine.yaml", ["merge.method=ties"])

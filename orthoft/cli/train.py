@@ -64,8 +64,10 @@ def finetune(
 ) -> None:
     """Train the experts of a recipe; `run` takes them up later.
 
-    Experts that are finished are not trained again, but with --overwrite, which begins anew or trains the chosen tasks
-    again. What is known of each stands in its expert.json.
+    In a run that is not finished, experts that are there are not trained again. One that is finished, or of another
+    recipe, needs --keep-experts, which trains only what changed, or --overwrite, which begins anew or trains the chosen
+    tasks again; both remove its merge and its results, for `run` to make anew. What is known of each expert stands in
+    its expert.json.
 
     Example: orthoft finetune recipes/configs/minilm.yaml --task sarcasm
 

@@ -1,0 +1,83 @@
+"""What a merge is said to write, before it and on a full disk, is what it writes: in every output, dtype and rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from merging_files import TARGETS, linear_weights, load, save_base, save_lora, save_oftv2, tensors_of
+
+from orthoft.merging import merge
+from orthoft.merging.prepared import prepare
+from orthoft.merging.reports.estimate import Rates, estimates, plan_rows, total
+
+RATES = Rates(matmul=1e10, svd=1e9, copy=1e9, method={160: 1e-3, 512: 1e-2})
+LORAS: dict[str, dict[str, Any]] = {
+    "checkpoint": {},
+    "checkpoint in half": {"dtype": "bfloat16"},
+    "lora": {"output": "lora"},
+    "lora of a rank": {"output": "lora", "rank": 3},
+    "lora of a rank in half": {"output": "lora", "rank": 3, "dtype": "float16"},
+    "lora of a larger rank": {"output": "lora", "rank": 30},
+    "lora of dense merges": {"output": "lora", "rank": 5, "space": "full"},
+    "delta": {"output": "delta", "include": ["*query*"]},
+    "dense delta": {"output": "delta", "space": "full", "dtype": "bfloat16"},
+    "delta of a scaled model": {"output": "delta", "method": "opcm"},
+}
+ROTATIONS: dict[str, dict[str, Any]] = {"rotation": {}, "rotation in half": {"dtype": "float16"}}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("costs")
+    save_base(root / "base", "bert")
+    for seed, name in enumerate("ab", 1):
+        save_lora(root / name, load(root / "base"), seed=seed, target_modules=TARGETS["bert"])
+        save_oftv2(root / f"r{name}", linear_weights(root / "base", "bert"), "cayley", seed=seed)
+    return root
+
+
+@pytest.mark.parametrize("case", [*LORAS, *ROTATIONS])
+def test_what_is_said_to_be_written_is_written(case: str, made: Path, tmp_path: Path) -> None:
+    rotated = case in ROTATIONS
+    words: dict[str, Any] = {"method": "mean", "device": "cpu"}
+    words |= {"space": "rotation", "output": "rotation", **ROTATIONS[case]} if rotated else LORAS[case]
+    sources = [made / ("r" * rotated + name) for name in "ab"]
+    ready = prepare(made / "base", sources, tmp_path / "out", **words)
+    costs = estimates(ready.todo, ready.writer, RATES)
+    whole = total(ready.todo, costs, ready.writer)
+    merge(made / "base", sources, tmp_path / "out", diagnostics=False, progress=False, **words)
+    written = {name: tensor.nbytes for name, tensor in tensors_of(tmp_path / "out").items()}
+    assert whole.bytes_written == ready.writer.nbytes() == sum(written.values())
+    if ready.writer.shards:
+        assert {name: cost.bytes_written for name, cost in costs.items()} == {name: written[name] for name in costs}
+    else:
+        assert sum(cost.bytes_written for cost in costs.values()) == whole.bytes_written
+    if not ready.writer.shards and not rotated:
+        of_base = sum(tensor.nbytes for tensor in tensors_of(made / "base").values())
+        of_sources = sum(file.stat().st_size for source in sources for file in source.glob("*.safetensors"))
+        assert whole.bytes_read < of_base + of_sources  # what no source changes is not read
+    assert plan_rows(ready.todo, ready.writer, RATES)[-1][6] == f"{sum(written.values()) / 1e6:,.1f} MB"
+
+
+def test_weights_that_an_output_leaves_out_cost_nothing(made: Path, tmp_path: Path) -> None:
+    base = load(made / "base")
+    save_lora(tmp_path / "a", base, target_modules=["query", "word_embeddings"])
+    ready = prepare(made / "base", [tmp_path / "a"], tmp_path / "out", method="mean", output="lora")
+    costs = estimates(ready.todo, ready.writer, RATES)
+    left = costs["embeddings.word_embeddings.weight"]
+    assert (left.bytes_read, left.bytes_written, left.seconds) == (0, 0, 0)
+    assert sum(cost.bytes_read > 0 for cost in costs.values()) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "waiting"), [({"method": "mean"}, 0), ({"method": "opcm"}, 8), ({"output": "lora"}, 8)]
+)
+def test_the_disk_holds_the_deltas_that_wait_as_well(words: dict[str, Any], waiting: int, made: Path) -> None:
+    sources = [made / "a", made / "b"]
+    writer = prepare(made / "base", sources, made / "out", **{"method": "mean", **words}).writer
+    assert len(writer.waiting) == waiting
+    sizes = [sum(writer.plan.merged[name].matrix) * (writer.plan.merged[name].rank or 0) for name in writer.waiting]
+    assert writer.disk_bytes() == writer.nbytes() + torch.float32.itemsize * sum(sizes)
