@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -229,3 +230,12 @@ def test_the_tables_in_the_docs_are_those_of_the_numbers() -> None:
     text = DOCS.read_text(encoding="utf-8")
     assert text.count("<!-- results: ") >= 3
     assert report.filled(text) == text
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/comparison.md", "docs/results.md"])
+def test_the_headline_is_what_was_measured(page: str) -> None:
+    known = report.Measured(suites.ENCODER, report.NUMBERS)
+    text = (DOCS.parents[1] / page).read_text(encoding="utf-8")
+    for row in ("lora", "contrastive"):
+        kept = known.merges(row)["task_arithmetic/auto"].kept
+        assert re.search(rf"keeps? {f'{sum(kept) / len(kept):.2f}'[1:]}\b", text), row
