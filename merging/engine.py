@@ -172,8 +172,7 @@ class Run:
     ) -> None:
         self._plan, self._output, self._partial, self._ranks = todo, output, partial, ranks
         self._identity, self._device, self._diagnostics = identity, device, diagnostics
-        self._finish = next(iter(todo.merged.values())).choice.finish if todo.merged else None
-        self._waiting = output.waiting
+        self._finish, self._waiting = todo.finish, output.waiting
         self._files = {name: partial.scratch / f"{self._key(name)}.safetensors" for name in self._waiting}
         self._scale = 1.0
         self._threads = torch.get_num_threads()

@@ -10,6 +10,7 @@ from typing import Any
 
 from orthoft.merging.files.hub import find_folder
 from orthoft.merging.files.tensors import TensorFolder, matrix_shape
+from orthoft.merging.methods import Finish
 from orthoft.merging.sources.adapter import Source, open_source
 from orthoft.merging.sources.delta import continued
 from orthoft.merging.sources.orientation import Orientation, is_stacked, is_vector
@@ -67,6 +68,11 @@ class MergePlan:
     notes: tuple[str, ...]
     not_carried: Mapping[str, list[str]]  # by source
     earlier_norms: tuple[float, ...]  # of the tasks in a sum that is gone on from
+
+    @property
+    def finish(self) -> Finish | None:
+        """The scale of the whole model, if the merge has one: method and rescale are the same for all weights."""
+        return next((item.choice.finish for item in self.merged.values()), None)
 
 
 def plan(

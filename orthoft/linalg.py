@@ -16,6 +16,7 @@ from torch import Tensor
 
 RotationMap = Literal["series", "cayley"]
 PIECE = 128  # squares that are added up one after the other
+BLOCK = 2**8  # pieces that are cast at once: in memory that is not fresh each time
 
 
 def at_least(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,9 +39,15 @@ def frobenius_norm(x: Tensor, batch: int = 0) -> Tensor:
     x = x.flatten(batch) if x.is_contiguous() else x
     whole, rest = x.shape[-1] // PIECE, x.shape[-1] % PIECE
     pieces = x.narrow(-1, 0, whole * PIECE).view(*x.shape[:-1], whole, PIECE)
-    norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-    norms = torch.cat([norm(pieces), norm(x.narrow(-1, whole * PIECE, rest), keepdim=True)], -1).flatten(batch)
+    last = torch.linalg.vector_norm(at_least_float32(x.narrow(-1, whole * PIECE, rest)), dim=-1, keepdim=True)
+    norms = torch.cat([_row_norms(pieces), last], -1).flatten(batch)
     return norms[..., 0] if norms.shape[-1] == 1 else frobenius_norm(norms, batch)
+
+
+def _row_norms(x: Tensor) -> Tensor:
+    """Return the norms of rows (..., n), in float32 or more; half precision is cast in blocks, never as a whole."""
+    blocks = [x] if x.dtype.itemsize >= 4 else torch.split(x, BLOCK, -2)
+    return torch.cat([torch.linalg.vector_norm(at_least_float32(rows), dim=-1) for rows in blocks], -1)
 
 
 def skew(entries: Tensor, size: int) -> Tensor:

@@ -12,7 +12,6 @@ from orthoft.citations import citation_section
 from orthoft.loading import LEARNT_FROM_US, PIPELINES, WITHOUT_US, words_to_adapt
 from orthoft.merging import MergeReport
 from orthoft.merging.files.tensors import read_json
-from orthoft.merging.files.writer import write_text
 from orthoft.merging.formats import READERS
 from orthoft.merging.reports.card import CARD, adapter_papers, model_card
 from orthoft.merging.reports.front_matter import Scored, front_matter
@@ -20,6 +19,7 @@ from orthoft.recipes.expert import Ready
 from orthoft.recipes.kinds import KINDS
 from orthoft.recipes.refit import FOLDER as HEADS
 from orthoft.recipes.table import MERGED, Rows, metrics_of, table
+from orthoft.recipes.whole import write_whole_text
 
 Results = Mapping[str, Any]
 # The Hub's words for our kinds of task; a kind that it calls as we do is not here.
@@ -42,7 +42,7 @@ def write_cards(results: Results) -> list[Path]:
             folder = Path(results[row]["output"])
             cards[folder] = model_card(MergeReport.load(folder), measured(results, row), scored(results, row))
     for folder, text in cards.items():
-        write_text(folder / CARD, text)
+        write_whole_text(folder / CARD, text)
     return [folder / CARD for folder in cards]
 
 
@@ -52,7 +52,7 @@ def write_expert(results: Results, ready: Ready) -> None:
     folder = Path(results["experts"][name]["folder"])
     if ready.head is not None:
         ready.head.save(folder / HEADS / f"{name}.safetensors")
-    write_text(folder / CARD, expert_card(results, name))
+    write_whole_text(folder / CARD, expert_card(results, name))
 
 
 def expert_card(results: Results, task: str) -> str:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
+
+from orthoft.recipes.whole import write_whole, write_whole_json
 
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -47,9 +49,9 @@ class Head:
         tensors = {"weight": self.weight, "bias": self.bias}
         if self.probe is not None:
             tensors |= {"probe.weight": self.probe.weight, "probe.bias": self.probe.bias}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        write_whole(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
         words = {"classes": self.classes, "features": dict(self.features), "decay": self.decay}
-        path.with_suffix(".json").write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
+        write_whole_json(path.with_suffix(".json"), words)
 
     @classmethod
     def load(cls, path: Path) -> Head:

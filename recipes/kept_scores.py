@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from orthoft.recipes.whole import write_whole_json
+
 SCORES = "scores.json"  # in the output, until results.json has them all
 
 
@@ -25,7 +27,7 @@ class KeptScores:
 
     def add(self, told: Mapping[str, Any], *marks: str) -> None:
         """Keep what was found under these marks."""
-        write_whole(self.file, self._all() | {self._key(marks): dict(told)})
+        write_whole_json(self.file, self._all() | {self._key(marks): dict(told)})
 
     def forget(self) -> None:
         """Remove them all: an expert changed, or the results have them."""
@@ -37,10 +39,3 @@ class KeptScores:
 
     def _key(self, marks: tuple[str, ...]) -> str:
         return hashlib.sha256(json.dumps([self.shared, marks], sort_keys=True).encode()).hexdigest()
-
-
-def write_whole(file: Path, told: Mapping[str, Any]) -> None:
-    """Write JSON to a file that is there whole, or as it was before."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    partial.replace(file)

@@ -113,7 +113,7 @@ class LiveMerge:
     def merged(self, words: Mapping[str, Any]) -> dict[str, Delta]:
         """Return the merged deltas by weight, the same that `orthoft.merging.merge` writes for these words."""
         plan = self.planned(words)
-        finish = next((item.choice.finish for item in plan.merged.values()), None)
+        finish = plan.finish
         deltas, entries = {}, {}
         for name, item in plan.merged.items():
             scale = 1.0 if finish else item.choice.post.scale

@@ -31,7 +31,7 @@ from orthoft.recipes.finetune import train
 from orthoft.recipes.harness import run_harness
 from orthoft.recipes.head import Head
 from orthoft.recipes.keep_away import KeepAway
-from orthoft.recipes.kept_scores import SCORES, KeptScores, write_whole
+from orthoft.recipes.kept_scores import SCORES, KeptScores
 from orthoft.recipes.kinds import kind_of
 from orthoft.recipes.models import how_to_load, load_model
 from orthoft.recipes.prepare import RESULTS, check, open_output, quiet
@@ -41,6 +41,7 @@ from orthoft.recipes.schema import Again, Recipe
 from orthoft.recipes.table import MERGED, gains, table
 from orthoft.recipes.task_schema import Task
 from orthoft.recipes.train_to_merge import chosen_before, read_subspace, save_subspaces
+from orthoft.recipes.whole import write_whole_json
 
 Say = Callable[[str], None]
 LOWER = "evaluate.batch_size"
@@ -282,7 +283,7 @@ class Run:
         scores, metrics = self.results["scores"], {ready.task.name: ready.task.metric for ready in self.ready}
         merged = [row for row in MERGED if row in scores]
         self.results["gain_kept"] = {row: gains(scores, metrics, row) for row in merged}
-        write_whole(self.out / RESULTS, self.results)
+        write_whole_json(self.out / RESULTS, self.results)
         self.kept.forget()
         told: dict[str, Any] = json.loads((self.out / RESULTS).read_text(encoding="utf-8"))
         write_cards(told)

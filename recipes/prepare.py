@@ -46,11 +46,11 @@ def check(recipe: Recipe) -> None:
 
     attempt("device", partial(check_device, recipe.device))
     attempt("accelerate launch", check_launch)
-    if mistakes:  # else every task would tell of it
-        raise RecipeError(mistakes[0])
+    trainable = not mistakes  # else every task would tell of it
     for i, task in enumerate(recipe.tasks):
         attempt(f"tasks[{i}].adapter", partial(_mergeable, recipe, task.adapter, task.kind))
-        attempt(f"tasks[{i}].training", partial(training_arguments, recipe, task, Path(recipe.output)))
+        if trainable:
+            attempt(f"tasks[{i}].training", partial(training_arguments, recipe, task, Path(recipe.output)))
     attempt("train_to_merge.penalty", partial(_penalised, recipe))
     if (wanted := recipe.merge) is not None:
         attempt("merge", lambda: wished(wanted, len(recipe.tasks)))

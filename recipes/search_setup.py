@@ -138,7 +138,7 @@ def refuse_another(out: Path, identity: Mapping[str, Any]) -> None:
 
 
 def open_study(out: Path, identity: Mapping[str, Any], values: int, overwrite: bool) -> Study:
-    """Return the study in a folder, new or to go on with, see `refuse_another`."""
+    """Return the study in a folder, new or to go on with; one of something else is refused as by `refuse_another`."""
     out.mkdir(parents=True, exist_ok=True)
     for name in (JOURNAL, RESULT, PAGE, JOB) if overwrite else ():
         (out / name).unlink(missing_ok=True)
@@ -147,6 +147,7 @@ def open_study(out: Path, identity: Mapping[str, Any], values: int, overwrite: b
     )
     if IDENTITY not in study.user_attrs:
         study.set_user_attr(IDENTITY, dict(identity))
+    refuse_another(out, identity)  # that was begun since it was asked first
     return study
 
 

@@ -107,6 +107,39 @@ def test_a_run_that_ended_before_the_card_gets_it_later(models: Path, tmp_path: 
     assert (expert / "heads" / "a.safetensors").is_file()
 
 
+class KilledError(Exception):
+    """Stands for a kill -9 in the middle."""
+
+
+@pytest.mark.parametrize("lost", ["a.safetensors", "a.json", "README.md"])
+def test_a_reused_expert_stays_whole_when_the_run_is_killed(
+    lost: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = labels(models, tmp_path)
+    run(words, until="finetune", tasks=["a"])
+    expert = tmp_path / "out" / "experts" / "a"
+    before = {file: file.read_bytes() for file in expert.rglob("*") if file.is_file()}
+    opened = Path.open
+
+    def killed(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        stream = opened(path, mode, *args, **kwargs)
+        if "w" in mode and expert in path.parents and lost in path.name:
+            stream.close()
+            raise KilledError
+        return stream
+
+    monkeypatch.setattr(Path, "open", killed)
+    with pytest.raises(KilledError):
+        run(words, until="finetune", tasks=["a"])
+    assert {file: file.read_bytes() for file in before} == before
+    held = [path for path in expert.rglob("*") if path.is_file() and path not in before]
+    assert [path.name for path in held] == [f".{lost}.partial"]
+    assert not any(path.name in name for name in push_to_hub(expert, "x", dry_run=True).files for path in held)
+    monkeypatch.undo()
+    run(words, until="finetune", tasks=["a"])
+    assert {file: file.read_bytes() for file in expert.rglob("*") if file.is_file()} == before
+
+
 def test_a_stranger_gets_the_scores_of_the_card_from_the_folder_alone(models: Path, tmp_path: Path) -> None:
     words = labels(models, tmp_path)
     for task in words["tasks"]:

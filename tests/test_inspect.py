@@ -275,7 +275,7 @@ RATES = Rates(matmul=1e10, svd=1e9, copy=1e9, method={160: 1e-3, 512: 1e-2})
 
 def job(space: str, n: int = 1024, tasks: int = 8, rank: int | None = 16, rowwise: bool = False) -> Job:
     result = None if rank is None or space == "full" else tasks * rank
-    return Job("w", (n, n), (rank,) * tasks, tasks, space, result, 2, rowwise, "checkpoint")
+    return Job("w", (n, n), (rank,) * tasks, tasks, space, result, 2, rowwise, "checkpoint", 2 * n * n)
 
 
 def test_bytes_are_those_of_the_files() -> None:
@@ -300,7 +300,9 @@ def test_costs_grow_as_the_spaces_do() -> None:
 def test_the_plan_is_a_table_with_totals(base: Path, tmp_path: Path) -> None:
     folders = [("a", lora(base, tmp_path / "a", drawn(2), 1)), ("b", lora(base, tmp_path / "b", drawn(4), 2))]
     todo = plan(base, folders, method="task_arithmetic")
-    lines = plan_table(todo, rates=RATES).splitlines()
+    costs = estimates(todo, rates=RATES)
+    whole = total(todo, costs)
+    lines = plan_table(todo, costs, whole).splitlines()
     assert lines[0].split() == [
         "weight",
         "shape",
@@ -318,8 +320,6 @@ def test_the_plan_is_a_table_with_totals(base: Path, tmp_path: Path) -> None:
     assert " core " in lines[1]
     assert " 6 " in lines[1]
     assert lines[1 + len(todo.merged)].split()[:3] == ["total", "6", "weights"]
-    costs = estimates(todo, rates=RATES)
-    whole = total(todo, costs)
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     assert whole.bytes_written == pytest.approx(size, rel=0.1)
     assert whole.memory > max(cost.memory for cost in costs.values())

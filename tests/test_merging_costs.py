@@ -9,9 +9,12 @@ import pytest
 import torch
 from merging_files import TARGETS, linear_weights, load, save_base, save_lora, save_oftv2, tensors_of
 
+from orthoft.cli.merge import planned
 from orthoft.merging import merge
 from orthoft.merging.prepared import prepare
+from orthoft.merging.reports import estimate
 from orthoft.merging.reports.estimate import Rates, estimates, plan_rows, total
+from orthoft.merging.sources.adapter_file import AdapterFile
 
 RATES = Rates(matmul=1e10, svd=1e9, copy=1e9, method={160: 1e-3, 512: 1e-2})
 LORAS: dict[str, dict[str, Any]] = {
@@ -59,7 +62,7 @@ def test_what_is_said_to_be_written_is_written(case: str, made: Path, tmp_path: 
         of_base = sum(tensor.nbytes for tensor in tensors_of(made / "base").values())
         of_sources = sum(file.stat().st_size for source in sources for file in source.glob("*.safetensors"))
         assert whole.bytes_read < of_base + of_sources  # what no source changes is not read
-    assert plan_rows(ready.todo, ready.writer, RATES)[-1][6] == f"{sum(written.values()) / 1e6:,.1f} MB"
+    assert plan_rows(ready.todo, costs, whole)[-1][6] == f"{sum(written.values()) / 1e6:,.1f} MB"
 
 
 def test_weights_that_an_output_leaves_out_cost_nothing(made: Path, tmp_path: Path) -> None:
@@ -81,3 +84,31 @@ def test_the_disk_holds_the_deltas_that_wait_as_well(words: dict[str, Any], wait
     assert len(writer.waiting) == waiting
     sizes = [sum(writer.plan.merged[name].matrix) * (writer.plan.merged[name].rank or 0) for name in writer.waiting]
     assert writer.disk_bytes() == writer.nbytes() + torch.float32.itemsize * sum(sizes)
+
+
+@pytest.mark.parametrize("case", ["lora", "rotation"])
+def test_a_dry_run_reads_headers_alone_and_counts_once(
+    case: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    counted: list[str] = []
+    one = estimate.estimate
+    monkeypatch.setattr(AdapterFile, "read", lambda file, key: read.append(key))
+    monkeypatch.setattr(estimate, "calibrate", lambda *_: RATES)
+    monkeypatch.setattr(estimate, "estimate", lambda job, rates: (counted.append(job.name), one(job, rates))[1])
+    names = ["ra", "rb"] if case == "rotation" else ["a", "b"]
+    words = {"method": "mean", "space": "rotation" if case == "rotation" else "auto", "output": case, "device": "cpu"}
+    told, _ = planned(
+        {"base": made / "base", "sources": [made / name for name in names], "out": tmp_path / "out", **words}
+    )
+    assert read == []
+    assert sorted(counted) == sorted(told["weights"])
+
+
+@pytest.mark.parametrize(
+    ("words", "scaled"), [({"method": "mean"}, False), ({"method": "opcm"}, True), ({"rescale": "model"}, True)]
+)
+def test_the_output_says_whether_the_whole_model_is_scaled(words: dict[str, Any], scaled: bool, made: Path) -> None:
+    writer = prepare(made / "base", [made / "a", made / "b"], made / "out", **{"method": "mean", **words}).writer
+    assert (writer.plan.finish is not None) == scaled
+    assert writer.waiting == (list(writer.plan.merged) if scaled else [])

@@ -13,7 +13,7 @@ from torch import Tensor
 from orthoft.delta import Delta, Dense, LowRank, Rotated
 from orthoft.linalg import rotation_update
 from orthoft.merging import merge_deltas
-from orthoft.merging.spaces.core import core
+from orthoft.merging.spaces.core import _firsts, core
 from orthoft.merging.spectra import leading_svd
 
 RANK, TASKS = 8, 4
@@ -82,6 +82,11 @@ def test_core_keeps_singular_vectors_of_values_apart() -> None:
     for part in (slice(3, 6), slice(6, 8)):
         assert relative(V[:, part] @ V[:, part].mT, left[:, part] @ left[:, part].mT) < 1e-9
     assert relative(decode(x[0]).dense(), delta.dense()) < 1e-12
+
+
+def test_values_that_fall_slowly_are_not_all_equal() -> None:
+    assert _firsts([1 - 0.6e-5 * step for step in range(6)]) == [0, 2, 4]
+    assert _firsts([]) == [0]
 
 
 @pytest.mark.parametrize("gap", [1e-3, 1e-6, 1e-9, 0.0])

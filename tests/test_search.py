@@ -24,7 +24,7 @@ from orthoft.recipes.live_merge import LiveMerge, held_bytes
 from orthoft.recipes.merge_job import load_job
 from orthoft.recipes.search import Search, search
 from orthoft.recipes.search_report import Trial, beats, thin
-from orthoft.recipes.search_setup import Aim, left_out, open_live, tried_here
+from orthoft.recipes.search_setup import Aim, left_out, open_live, open_study, tried_here
 from orthoft.recipes.search_space import RANGES, Range, choices, start
 
 pytest.importorskip("optuna")
@@ -239,6 +239,13 @@ def test_a_search_of_something_else_is_refused(copied: Words, monkeypatch: pytes
         with pytest.raises(FileExistsError, match="holds a search with other objective: give --overwrite"):
             search(copied, trials=1, methods=["mean"], objective="loss")
     assert len(search(copied, trials=1, methods=["ties"], overwrite=True)["trials"]) == 1
+
+
+def test_a_search_begun_while_another_scored_is_refused(tmp_path: Path) -> None:
+    assert not open_study(tmp_path, {"objective": "loss"}, 1, overwrite=False).trials
+    assert not open_study(tmp_path, {"objective": "loss"}, 1, overwrite=False).trials
+    with pytest.raises(FileExistsError, match="holds a search with other objective: give --overwrite"):
+        open_study(tmp_path, {"objective": "gain"}, 1, overwrite=False)
 
 
 @pytest.mark.parametrize(("changed", "word"), [("tasks.1.metric=f1", "metrics"), ("export.dtype=bfloat16", "dtype")])

@@ -348,7 +348,16 @@ def test_a_device_that_is_not_there_is_one_line(models: Path, tmp_path: Path) ->
     with pytest.raises(RecipeError) as error:
         run(language(models, tmp_path / "out") | {"device": "cuda:77"})
     assert str(error.value).startswith("device: no device 'cuda:77' here, choose from: cpu")
+    assert len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_is_not_there_hides_no_other_mistake(models: Path, tmp_path: Path) -> None:
+    words = language(models, tmp_path / "out") | {"device": "cuda:77"}
+    words["tasks"][0]["adapter"] = {"type": "lorra"}
+    with pytest.raises(RecipeError) as error:
+        run(words)
+    assert [line.split(":")[0] for line in str(error.value).splitlines()] == ["device", "tasks[0].adapter"]
 
 
 @pytest.mark.parametrize(

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import import_module
-from math import inf, prod
-from typing import Any
+from itertools import takewhile
+from math import inf
+from typing import Any, NamedTuple
 
 from orthoft.merging.files.header import shortened
 
 # The parser of re, which has no public name: a second one would misread what this one accepts.
 PARSER: Any = import_module("re._parser")
-# An expression from a stranger's file is tried on the names of all modules. With four `.*` that takes a third of a
-# second on a name of 100 characters, with five 7 seconds. REACH is less than those: repeats in a row share them.
-REACH = 50  # lengths among which a repeat may choose
-WAYS = 5e7  # in which an expression may match at most
+# An expression from a stranger's file is tried on the names of all modules. TRIES is what all of an object's together
+# may take on one name: half a second at most, where each is of the slowest kind.
+LONGEST_NAME = 200  # of a module: what an expression takes grows with a power of it
+TRIES = 5e6
+COUNTED = 50  # times that an expression may ask for
+LETTER = 0.1  # of a try, which it takes to compare one
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,12 @@ class Field:
     described: str
     accepts: Callable[[Any], bool]
     required: bool = False
+    offending: Callable[[Any], Any] = lambda value: value  # the part of a value it does not accept to show
 
 
 def needed(field: Field) -> Field:
     """Return the field as one that has to be there."""
-    return Field(field.described, field.accepts, required=True)
+    return replace(field, required=True)
 
 
 def count(limit: int = 2**31, least: int = 1) -> Field:
@@ -46,64 +51,155 @@ def choice(*words: str) -> Field:
 
 def patterns(field: Field) -> Field:
     """Return the field of an object from module names, or regular expressions for them, to such values."""
+
+    def offending(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        tries = 0.0
+        for key, item in value.items():
+            tries += _tries(key)
+            if tries > TRIES or not field.accepts(item):
+                return {key: item}
+        return None
+
     return Field(
-        f"an object from regular expressions, which may not nest repeats or line up many, to {field.described}",
-        lambda value: isinstance(value, dict) and all(_is_pattern(k) and field.accepts(v) for k, v in value.items()),
+        "an object from regular expressions, which may not nest repeats, line up many or refer to groups, "
+        f"to {field.described}",
+        lambda value: offending(value) is None,
+        offending=offending,
     )
+
+
+@lru_cache(2**15)
+def expression(text: str) -> re.Pattern[str]:
+    """Return the expression for the names of modules that a pattern stands for, or that end with it.
+
+    It is PEFT's, ``(.*\\.)?(text)$``, without the prefix where that changes nothing and would be tried in vain.
+    """
+    return re.compile(f"({text})$" if _leads(PARSER.parse(text)) else rf"(.*\.)?({text})$")
+
+
+def _tries(text: Any) -> float:
+    """Return about how many tries an expression takes on a name at most; inf if it is none or they double with it."""
+    if not isinstance(text, str):
+        return inf
+    try:
+        re.compile(rf"(.*\.)?({text})$")  # as PEFT has it, where flags for the whole have no place
+        return _tries_of(list(PARSER.parse(text)))
+    except (re.error, OverflowError, RecursionError):
+        return inf
+
+
+def _tries_of(parts: list[Any]) -> float:
+    if parts and _is_rest(parts[-1]):
+        parts = parts[:-1]  # it cannot fail, so that nothing before it is tried again
+    if _leads(parts):
+        return _cost(parts, None, 0).tries
+    word = "." + _word(parts)  # looked for at each place of the name
+    places = LONGEST_NAME / _period(word)
+    return LONGEST_NAME * (1 + LETTER * len(word)) + places * _cost(parts, None, 1).tries
+
+
+def _leads(parts: Any) -> bool:
+    """Say whether a parsed expression begins with ``.*`` or ``^``: then what stands before it makes no difference."""
+    return len(parts) > 0 and (_is_rest(parts[0]) or str(parts[0][1]) == "AT_BEGINNING")
+
+
+def _is_rest(part: Any) -> bool:
+    """Say whether a part is ``.*``."""
+    op, value = part
+    return (
+        str(op) == "MAX_REPEAT"
+        and int(value[0]) == 0
+        and value[1] == PARSER.MAXREPEAT
+        and ([str(kind) for kind, _ in value[2]] == ["ANY"])
+    )
+
+
+class _Cost(NamedTuple):
+    """Of a part: in how many ways it may match, how many tries they take, how many free repeats there were so far."""
+
+    ways: float
+    tries: float
+    repeats: int
+
+
+def _cost(parts: Any, after: Any, repeats: int) -> _Cost:
+    """Return the cost of parts of a parsed expression in a row, before another part or None."""
+    ways, tries, parts = 1.0, 1.0, list(parts)
+    for at, (op, value) in enumerate(parts):
+        if str(op) == "LITERAL":
+            cost = _Cost(1, LETTER, repeats)
+        else:
+            cost = _cost_of(str(op), value, [*parts[at + 1 :], after], repeats)
+        ways, tries, repeats = ways * cost.ways, tries + ways * cost.tries, cost.repeats
+    return _Cost(ways, tries, repeats)
+
+
+def _cost_of(op: str, value: Any, later: list[Any], repeats: int) -> _Cost:
+    if op in ("ANY", "IN", "NOT_LITERAL", "AT"):
+        return _Cost(1, 1, repeats)
+    if op.endswith("_REPEAT"):
+        return _cost_of_repeat(int(value[0]), int(value[1]), value[2], later, repeats)
+    if op == "BRANCH":
+        branches = [_cost(branch, later[0], repeats) for branch in value[1]]
+        return _Cost(sum(b.ways for b in branches), sum(b.tries for b in branches), min(b.repeats for b in branches))
+    if op == "SUBPATTERN":
+        return _cost(value[-1], later[0], repeats)
+    if op in ("ASSERT", "ASSERT_NOT", "ATOMIC_GROUP"):  # once such a one has matched, it is not entered again
+        return _Cost(1, _cost(value if op == "ATOMIC_GROUP" else value[-1], None, 0).tries, repeats)
+    return _Cost(inf, inf, repeats)
+
+
+def _cost_of_repeat(least: int, most: int, body: Any, later: list[Any], repeats: int) -> _Cost:
+    """Return the cost of a repeat; inf where it holds a choice: ``(a+)+``, ``(a|a)*``, ``(a?){40}``."""
+    after = later[0]
+    if most <= 1:
+        cost = _cost(body, after, repeats)
+        return _Cost(1 - least + cost.ways, 1 + cost.tries, repeats)
+    inside = _cost(body, after if after is not None and len(body) and after == body[0] else None, repeats)
+    if least > COUNTED or inside.ways > 1:
+        return _Cost(inf, inf, repeats)
+    if most < LONGEST_NAME:
+        lengths = most - least + 1
+        # Not 1 for one length: a repeat of it would be nested.
+        return _Cost(1 if _takes_all(body, after) else max(lengths, 2), (most + 1) * inside.tries, repeats)
+    # Those in a row share the name: n of them have its length to the n, by n!, ways. A word behind limits them to it.
+    word = _word(later)
+    places = LONGEST_NAME / (repeats + 1)
+    tries = places * (inside.tries + LETTER * len(word))
+    if _takes_all(body, after):
+        return _Cost(1, tries, repeats)
+    return _Cost(max(places / _period(word), 2), tries, repeats + 1)
+
+
+def _word(later: list[Any]) -> str:
+    """Return the letters that parts begin with."""
+    return "".join(chr(part[1]) for part in takewhile(lambda part: part and str(part[0]) == "LITERAL", later)).lower()
+
+
+def _period(word: str) -> int:
+    """Return how far apart a word has to be from itself at least; 1 for no word."""
+    return next((n for n in range(1, len(word)) if word[n:] == word[:-n]), max(len(word), 1))
+
+
+def _takes_all(body: Any, after: Any) -> bool:
+    """Say whether a repeat has to take all it can, as in ``\\d+\\.``: it is of characters before one that is none."""
+    if len(body) != 1 or after is None or str(after[0]) != "LITERAL":
+        return False
+    (op, value), stop = body[0], after[1]
+    if stop >= 128 or chr(stop).isalpha():  # that may have another case
+        return False
+    if str(op) == "NOT_LITERAL":
+        return bool(value == stop)
+    kinds = [str(kind) for kind in value] if str(op) == "IN" else []
+    negated = kinds == ["(NEGATE, None)", f"(LITERAL, {stop})"]
+    digits = kinds in (["(CATEGORY, CATEGORY_DIGIT)"], ["(RANGE, (48, 57))"]) and not chr(stop).isdigit()
+    return negated or digits
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
-
-
-def _is_pattern(text: Any) -> bool:
-    if not isinstance(text, str):
-        return False
-    try:
-        re.compile(rf"(.*\.)?({text})$")  # as `by_pattern` has it, where flags for the whole have no place
-        return _ways(PARSER.parse(text)) <= WAYS
-    except (re.error, OverflowError, RecursionError):
-        return False
-
-
-def _ways(parts: Any) -> float:
-    """Return in how many ways the parts of a parsed expression may match a name, about; inf where they double with it.
-
-    That is where a repeat holds something that has a choice itself, such as ``(a+)+``, ``(a|a)*`` or ``(a?){40}``.
-    """
-    return prod((_ways_of(str(op), value, after) for (op, value), after in _followed(parts)), start=1.0)
-
-
-def _followed(parts: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield each part, and what comes after it, None at the end."""
-    return zip(parts, [*list(parts)[1:], None], strict=False)  # an empty expression has no parts
-
-
-def _ways_of(op: str, value: Any, after: Any) -> float:
-    if op.endswith("_REPEAT"):
-        least, most, inside = int(value[0]), int(value[1]), _ways(value[2])
-        if most <= 1:
-            return (1 - least) + inside
-        if least > REACH or inside > 1:
-            return inf
-        lengths = min(most, REACH) - least + 1
-        return 2 if lengths < 2 or _only_digits(value[2], after) else lengths  # not 1: a repeat of it would be nested
-    if op == "BRANCH":
-        return sum(map(_ways, value[1]))
-    if op in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
-        return _ways(value[-1])
-    if op == "ATOMIC_GROUP":
-        return _ways(value)
-    if op == "GROUPREF_EXISTS":
-        return sum(_ways(choice or ()) for choice in value[1:])
-    return 1
-
-
-def _only_digits(body: Any, after: Any) -> bool:
-    """Say whether a repeat is of digits up to a character that is none, as in ``\\d+\\.``: it has to take them all."""
-    kinds = [str(kind) for kind in body[0][1]] if len(body) == 1 and str(body[0][0]) == "IN" else []
-    digits = kinds in (["(CATEGORY, CATEGORY_DIGIT)"], ["(RANGE, (48, 57))"])
-    return digits and after is not None and str(after[0]) == "LITERAL" and not chr(after[1]).isdigit()
 
 
 COUNT = count()
@@ -126,4 +222,6 @@ def check_fields(config: Mapping[str, Any], fields: Mapping[str, Field]) -> None
             if field.required:
                 raise ValueError(f"its configuration lacks {name!r}, {field.described}")
         elif not field.accepts(value):
-            raise ValueError(f"{name!r} in its configuration is {field.described}, got {shortened(value)}")
+            raise ValueError(
+                f"{name!r} in its configuration is {field.described}, got {shortened(field.offending(value))}"
+            )

@@ -7,7 +7,6 @@ the same orientation.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from orthoft.delta import Delta
 from orthoft.errors import unknown
 from orthoft.merging.files.header import shortened
 from orthoft.merging.files.tensors import matrix_shape
-from orthoft.merging.formats.fields import Field, check_fields
+from orthoft.merging.formats.fields import LONGEST_NAME, Field, check_fields, expression
 
 Config = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]  # of one module, named by what stands behind the module's name
@@ -73,7 +72,6 @@ class Reader:
     weightless: bool = False
 
 
-LONGEST_NAME = 500  # of a module: what an expression takes grows with a power of it
 READERS: dict[str, Reader] = {}
 
 
@@ -114,8 +112,10 @@ def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) ->
         raise ValueError(
             f"{module[:40]}... has {len(module)} characters, too many to look for by patterns: at most {LONGEST_NAME}"
         )
+    if patterns and "\n" in module:  # where `.*` stops and is tried again
+        raise ValueError(f"{module[:40]!r} has a line break, which the name of a module has not")
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if expression(pattern).match(module):
             return value
     return default
 

@@ -75,8 +75,9 @@ class Output(ABC):
     @property
     def waiting(self) -> list[str]:
         """The weights whose deltas wait on disk, for the scale of the whole model or to be written at once."""
-        scaled = any(item.choice.finish for item in self.plan.merged.values())
-        return list(self.plan.merged) if scaled else [] if self.shards else self.names
+        if self.plan.finish is not None:
+            return list(self.plan.merged)
+        return [] if self.shards else self.names
 
     def nbytes(self) -> int:
         """Return about how many bytes the output takes."""

@@ -55,7 +55,7 @@ class RotationOutput(Output):
                 f"{plan.merged[elsewhere].space.name!r}, where rotations do not stay rotations"
             )
         choices = [plan.merged[name].choice for name in self.names]
-        if any(choice.finish or choice.post.scale != 1.0 or choice.space_params["conflict"] for choice in choices):
+        if self.plan.finish or any(choice.post.scale != 1.0 or choice.space_params["conflict"] for choice in choices):
             raise ValueError(
                 "output='rotation' holds rotations alone: take neither a scale of the result nor conflict=True, nor a "
                 f"method that scales the whole model, got method {plan.wish.method.name!r}"
@@ -74,7 +74,7 @@ class RotationOutput(Output):
         """Return how many inputs a weight has, and the size of its merged blocks: that of the space "rotation"."""
         (m, n), flipped = self.plan.merged[name].matrix, self.plan.merged[name].inputs_first
         turning = [s for s in self.plan.sources if isinstance(s, AdapterSource) and name in s.adapter_ranks]
-        found = [tensor.shape[-1] for source in turning for tensor in source.tensors(name).values()]
+        found = [shape[-1] for source in turning for shape in source.shapes(name).values()]
         return m if flipped else n, lcm(*map(block_size, found))
 
     def write(self, folder: Path, delta_of: DeltaOf, report: MergeReport) -> None:

@@ -38,7 +38,7 @@ class Job:
         itemsize: bytes of an entry of the base, as stored.
         rowwise: the method goes through slices of rows in the full space.
         output: "checkpoint" adds to the weight, anything else keeps the factors.
-        written: bytes that the output takes for it, those of the weight unless given.
+        written: bytes that the output takes for it.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Job:
     itemsize: int
     rowwise: bool
     output: str
-    written: int | None = None
+    written: int
 
 
 @dataclass(frozen=True)
@@ -100,17 +100,16 @@ def estimate(job: Job, rates: Rates) -> Estimate:
     dense = sum(rank is None for rank in job.ranks)
     entries = m * n
     read = entries * job.itemsize * (1 + dense) + 4 * R * (m + n)
-    written = entries * job.itemsize if job.written is None else job.written
     products, decompositions, p, q = _work(job, R)
     seconds = products / rates.matmul + decompositions / rates.svd + rates.merge_seconds(p, q)
-    seconds += (6 * read + 8 * written + 4 * entries * (8 + 2 * dense)) / rates.copy
-    return Estimate(read, written, products + decompositions, seconds, _memory(job, R, dense))
+    seconds += (6 * read + 8 * job.written + 4 * entries * (8 + 2 * dense)) / rates.copy
+    return Estimate(read, job.written, products + decompositions, seconds, _memory(job, R, dense))
 
 
 def estimates(plan: MergePlan, output: Output | None = None, rates: Rates | None = None) -> dict[str, Estimate]:
     """Return the cost of each weight of a plan, nothing for one that the output does not ask for.
 
-    ``output`` is a checkpoint in the base's dtype unless given, here and below.
+    ``output`` is a checkpoint in the base's dtype unless given, here and in `total`.
     """
     params, _ = plan.wish.bound()
     measured, output = rates or calibrate(plan.wish.method, params, plan.wish.weights), output or _checkpoint(plan)
@@ -121,9 +120,9 @@ def estimates(plan: MergePlan, output: Output | None = None, rates: Rates | None
     }
 
 
-def plan_table(plan: MergePlan, output: Output | None = None, rates: Rates | None = None) -> str:
-    """Return what a merge would do as text: a line for each weight, and the totals."""
-    lines = plan_rows(plan, output, rates)
+def plan_table(plan: MergePlan, costs: Mapping[str, Estimate], whole: Estimate) -> str:
+    """Return what a merge would do as text: a line for each weight, the totals that `total` gives, and the notes."""
+    lines = plan_rows(plan, costs, whole)
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADERS))]
     text = [
         "  ".join(
@@ -134,17 +133,15 @@ def plan_table(plan: MergePlan, output: Output | None = None, rates: Rates | Non
     return "\n".join([*(line.rstrip() for line in text), *(f"note: {note}" for note in plan.notes)])
 
 
-def plan_rows(plan: MergePlan, output: Output | None = None, rates: Rates | None = None) -> list[Sequence[str]]:
+def plan_rows(plan: MergePlan, costs: Mapping[str, Estimate], whole: Estimate) -> list[Sequence[str]]:
     """Return the cells of `plan_table`, the names of its columns first."""
-    output = output or _checkpoint(plan)
-    costs = estimates(plan, output, rates)
     lines: list[Sequence[str]] = [HEADERS]
     for name, cost in costs.items():
         item = plan.merged[name]
         rank = "-" if item.rank is None else str(item.rank)
         shape = " x ".join(map(str, item.shape))
         lines.append((name, shape, ", ".join(item.sources), item.space.name, rank, *_cells(cost)))
-    lines.append(("total", f"{len(costs)} weights", "", "", "", *_cells(total(plan, costs, output))))
+    lines.append(("total", f"{len(costs)} weights", "", "", "", *_cells(whole)))
     return lines
 
 

@@ -120,9 +120,9 @@ class AdapterSource(Source):
         """Return the adapter's tensors of one adapted weight, named by what stands behind the module's name."""
         return self._file.read_module(self.module(name))
 
-    def suffixes(self, name: str) -> list[str]:
-        """Return the names of those tensors, without reading them."""
-        return list(self._file.keys[self.module(name)])
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of those tensors, from the header alone."""
+        return self._file.shapes(self.module(name))
 
     def beside(self) -> dict[str, Tensor]:
         """Return what is saved beside the adapter's own tensors (whole modules, biases), as named in its file.

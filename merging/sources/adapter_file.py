@@ -62,9 +62,13 @@ class AdapterFile:
                 saved[name.replace(".base_layer.", ".")] = key
         return own, saved, tokens
 
+    def shapes(self, module: str) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of those tensors, from the header alone."""
+        return {suffix: self.tensors.shape(key) for suffix, key in self.keys[module].items()}
+
     def extent(self, module: str) -> Extent:
         """Return what the adapter says of the weight of a module, or raise a ValueError if its tensors are strange."""
-        shapes = {suffix: self.tensors.shape(key) for suffix, key in self.keys[module].items()}
+        shapes = self.shapes(module)
         known = self.reader.names
         strange = [] if known is None else [suffix for suffix in shapes if suffix not in known]
         if strange:

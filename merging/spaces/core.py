@@ -62,22 +62,30 @@ def _bases(parts: Sequence[Tensor], basis: Basis) -> tuple[Tensor, Sequence[Tens
 
 
 def _settled(U: Tensor, s: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``U`` (m, p) and ``diag(s) Vh`` (p, R), in a basis of their own where neighbours in ``s`` are equal.
+    """Return ``U`` (m, p) and ``diag(s) Vh`` (p, R), in a basis of their own where values in ``s`` are equal.
 
     Among k equal singular values ``U_k`` is turned by the eigenvectors of ``Vh_k diag(sqrt(1), ..., sqrt(R)) Vh_k^T``
     (k, k), and ``diag(s_k) Vh_k`` with it, so that the product stays: what comes out depends on their span alone, as
-    the columns have different numbers. Equal is what differs by `RANGE` of the largest or less, the rounding of float32
-    factors. Other singular vectors stay as they are.
+    the columns have different numbers. Equal are those that differ by `RANGE` of the largest at most, the rounding of
+    float32 factors. Other singular vectors stay as they are.
     """
     coordinates, numbers = s[:, None] * Vh, torch.arange(1, Vh.shape[1] + 1).to(s).sqrt()
-    breaks = (s[:-1] - s[1:] > RANGE * s[:1]).nonzero().flatten().add(1).tolist()
-    for start, stop in pairwise([0, *breaks, len(s)]):
+    for start, stop in pairwise([*_firsts(s.tolist()), len(s)]):
         if stop - start > 1:
             part = Vh[start:stop]
             turn = torch.linalg.eigh(part * numbers @ part.mT).eigenvectors
             U[:, start:stop] = U[:, start:stop] @ turn
             coordinates[start:stop] = turn.mT @ coordinates[start:stop]
     return U, coordinates
+
+
+def _firsts(s: Sequence[float]) -> list[int]:
+    """Return where groups of equal singular values begin, in values that fall."""
+    firsts = [0]
+    for i, value in enumerate(s):
+        if s[firsts[-1]] - value > RANGE * s[0]:
+            firsts.append(i)
+    return firsts
 
 
 def _tall_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

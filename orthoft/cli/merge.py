@@ -171,14 +171,15 @@ def planned(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     todo, output = ready.todo, ready.writer
     rates = calibrate(todo.wish.method, todo.wish.bound()[0], todo.wish.weights)
     costs = estimates(todo, output, rates)
+    whole = total(todo, costs, output)
     weights = {
         name: {"shape": item.shape, "sources": item.sources, "space": item.space.name, "rank": item.rank}
         | asdict(costs[name])
         for name, item in todo.merged.items()
     }
-    told = {"weights": weights, "total": asdict(total(todo, costs, output)), "notes": list(todo.notes)}
+    told = {"weights": weights, "total": asdict(whole), "notes": list(todo.notes)}
     notes = "\n".join(f"note: {note}" for note in todo.notes)
-    return told, Table(plan_table(todo, output, rates), plan_rows(todo, output, rates), WORDS, notes)
+    return told, Table(plan_table(todo, costs, whole), plan_rows(todo, costs, whole), WORDS, notes)
 
 
 def parse_source(text: str) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class Opened:
             return "convolution"
         if self.source.inputs_first[name]:
             return "conv1d"
-        if any("_embedding_" in suffix for suffix in self.source.suffixes(name)):
+        if any("_embedding_" in suffix for suffix in self.source.shapes(name)):
             return "embedding"
         module = name.removesuffix(".weight")
         ours = self.source.kind.startswith("ORTHOFT_") and f"{module}.bias" not in self.base
