@@ -23,6 +23,16 @@ def draw(suites: Sequence[Measured], folder: Path) -> None:
             _merges(measured, rows, folder / f"{measured.suite.name}-merges.png")
 
 
+def _spread(values: Sequence[float]) -> float:
+    """Return the standard deviation, 0 of one value."""
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def _legend(axes: Any) -> None:
+    """Put the legend above the axes, where it hides nothing."""
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=3, fontsize="small")
+
+
 def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=80, bbox_inches="tight", metadata={"Software": ""})
 
@@ -42,12 +52,12 @@ def _experts_and_sums(measured: Measured, path: Path) -> None:
         }
         for label, (mark, color, values) in points.items():
             if values:
-                error = stdev(values) if len(values) > 1 else 0.0
-                axes.errorbar(mean(values), place, xerr=error, fmt=mark, color=color, label=None if place else label)
+                told = {"fmt": mark, "color": color, "label": None if place else label}
+                axes.errorbar(mean(values), place, xerr=_spread(values), **told)
     axes.axvline(mean(measured.base().values()), color="grey", linestyle=":", label="frozen base")
     axes.set_yticks(range(len(rows)), [measured.suite.rows[row].title for row in rows])
     axes.set_xlabel(f"mean {measured.metric} on test rows")
-    axes.legend()
+    _legend(axes)
     _save(figure, path)
 
 
@@ -61,10 +71,11 @@ def _merges(measured: Measured, rows: Sequence[str], path: Path) -> None:
     axes = figure.subplots()
     for row in rows:
         places = [place for place, name in enumerate(names) if name in found[row]]
-        kept = [mean(found[row][names[place]].kept) for place in places]
-        axes.plot(kept, places, "o", label=measured.suite.rows[row].title)
+        kept = [found[row][names[place]].kept for place in places]
+        errors = [_spread(values) for values in kept]
+        axes.errorbar([*map(mean, kept)], places, xerr=errors, fmt="o", label=measured.suite.rows[row].title)
     axes.set_yticks(range(len(names)), [name.removesuffix("/auto") for name in names])
     axes.axvline(0, color="grey", linestyle=":")
     axes.set_xlabel("gain kept")
-    axes.legend(fontsize="small")
+    _legend(axes)
     _save(figure, path)
