@@ -92,6 +92,14 @@ def save_lora(folder: Path, model: PreTrainedModel, seed: int = 1, dora: bool = 
     return tuned
 
 
+def save_pair(root: Path) -> Path:
+    """Save a tiny BERT in ``base``, and two LoRAs of it in ``a`` and ``b``."""
+    save_base(root / "base", "bert")
+    for seed, name in enumerate("ab", 1):
+        save_lora(root / name, load(root / "base"), seed=seed, target_modules=TARGETS["bert"])
+    return root
+
+
 def load(folder: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModel.from_pretrained(folder)
     return model

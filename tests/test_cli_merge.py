@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from merging_files import TARGETS, load, save_base, save_lora, tensors_of
+from merging_files import save_pair, tensors_of
 
 from orthoft.cli import main
 from orthoft.cli.merge import parse_param, with_statistics
@@ -19,11 +19,7 @@ from orthoft.recipes.merge_job import load_job
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("made")
-    save_base(root / "base", "bert")
-    for seed, name in enumerate("ab", 1):
-        save_lora(root / name, load(root / "base"), seed=seed, target_modules=TARGETS["bert"])
-    return root
+    return save_pair(tmp_path_factory.mktemp("made"))
 
 
 def outcome(*arguments: object) -> int:

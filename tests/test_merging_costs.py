@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from merging_files import TARGETS, linear_weights, load, save_base, save_lora, save_oftv2, tensors_of
+from merging_files import linear_weights, load, save_lora, save_oftv2, save_pair, tensors_of
 
 from orthoft.cli.merge import planned
 from orthoft.merging import merge
@@ -34,10 +34,8 @@ ROTATIONS: dict[str, dict[str, Any]] = {"rotation": {}, "rotation in half": {"dt
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("costs")
-    save_base(root / "base", "bert")
+    root = save_pair(tmp_path_factory.mktemp("costs"))
     for seed, name in enumerate("ab", 1):
-        save_lora(root / name, load(root / "base"), seed=seed, target_modules=TARGETS["bert"])
         save_oftv2(root / f"r{name}", linear_weights(root / "base", "bert"), "cayley", seed=seed)
     return root
 

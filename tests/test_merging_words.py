@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from merging_files import TARGETS, load, save_base, save_lora, tensors_of
+from merging_files import save_pair, tensors_of
 
 from orthoft.delta import LowRank
 from orthoft.merging import OUTPUTS, merge, merge_deltas
@@ -27,11 +27,7 @@ class Name(StrEnum):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("words")
-    save_base(root / "base", "bert")
-    for seed, name in enumerate("ab", 1):
-        save_lora(root / name, load(root / "base"), seed=seed, target_modules=TARGETS["bert"])
-    return root
+    return save_pair(tmp_path_factory.mktemp("words"))
 
 
 def merged(made: Path, out: Path, **words: Any) -> tuple[Words, Words]:
