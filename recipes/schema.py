@@ -52,7 +52,7 @@ class TrainToMerge(Strict):
 
     ``method`` chooses the subspace in which each task may write, ``frozen`` unless a LoRA is to train on from there;
     ``ridge`` is of "contrastive". ``penalty`` weighs what a LoRA's update does to the other tasks' inputs beside the
-    loss (300, say). ``rows`` are of each task's train split, and of the texts in ``general`` (JSONL, CSV or Parquet,
+    loss (3000, say). ``rows`` are of each task's train split, and of the texts in ``general`` (JSONL, CSV or Parquet,
     column ``text``), which stand for tasks that are not known yet. Rank and layers are the adapters' own.
     """
 
