@@ -236,6 +236,11 @@ def test_the_tables_in_the_docs_are_those_of_the_numbers() -> None:
 def test_the_headline_is_what_was_measured(page: str) -> None:
     known = report.Measured(suites.ENCODER, report.NUMBERS)
     text = (DOCS.parents[1] / page).read_text(encoding="utf-8")
+    told = {}
     for row in ("lora", "contrastive"):
         kept = known.merges(row)["task_arithmetic/auto"].kept
-        assert re.search(rf"keeps? {f'{sum(kept) / len(kept):.2f}'[1:]}\b", text), row
+        told[row] = f"{sum(kept) / len(kept):.2f}"[1:]
+        assert re.search(rf"keeps? {told[row]}\b", text), row
+    assert {*re.findall(r"sum of (?:the |plain )?LoRAs keeps (\.\d+)", text)} <= {told["lora"]}
+    assert {*re.findall(r"(\.\d+), trained plainly", text)} <= {told["lora"]}
+    assert {*re.findall(r"(\.\d+), trained to be merged", text)} <= {told["contrastive"]}

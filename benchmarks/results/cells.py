@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from orthoft.recipes.whole import write_whole_text
+
 
 class Cells:
     """Nested numbers in one file, written at once after each change.
@@ -37,6 +39,4 @@ class Cells:
             inner = inner.setdefault(key, {})
         inner[place[-1]] = value
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.numbers, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        write_whole_text(self.path, json.dumps(self.numbers, indent=1, sort_keys=True) + "\n")

@@ -66,10 +66,6 @@ class Measured:
     def parameters(self, row: str) -> int:
         return int(self.cells[row]["seeds"][self.seeds(row)[0]]["experts"][next(iter(self.suite.tasks))]["parameters"])
 
-    def seconds(self, row: str) -> float:
-        seeds = self.cells[row]["seeds"]
-        return mean(known["seconds"] for seed in self.seeds(row) for known in seeds[seed]["experts"].values())
-
     def rate(self, row: str) -> float:
         """The learning rate that was taken."""
         experts = self.cells[row]["seeds"][self.seeds(row)[0]]["experts"]
