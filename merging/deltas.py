@@ -28,7 +28,13 @@ SMALL = 256  # the total rank up to which threads cost more than they save
 
 
 def merged_delta(
-    plan: MergePlan, name: str, weight: Tensor, scale: float, device: torch.device, diagnostics: bool
+    plan: MergePlan,
+    name: str,
+    weight: Tensor,
+    scale: float,
+    device: torch.device,
+    diagnostics: bool,
+    rounded_to: torch.dtype | None = None,
 ) -> tuple[Delta, WeightReport]:
     """Return the merged delta of one weight, times ``scale``, and what the report says of it.
 
@@ -38,6 +44,7 @@ def merged_delta(
         weight: the base's, as a matrix.
         device: where the deltas are merged; the result comes back to the CPU.
         diagnostics: measure the tasks and the result as well.
+        rounded_to: the dtype in which base + delta will be stored, None if their sum will not be.
 
     Raises:
         ValueError: a tensor of the base or of a source holds NaN or Inf, or the result does.
@@ -59,7 +66,7 @@ def merged_delta(
     entry.seconds = time.perf_counter() - start
     if diagnostics:
         draw = weight_generator(plan.seed, f"{name}#diagnostics")  # its own: what a method draws is not touched
-        entry.diagnostics = diagnose(tasks, item.choice.weights, delta, weight, draw, plan.base.dtype(name))
+        entry.diagnostics = diagnose(tasks, item.choice.weights, delta, weight, draw, rounded_to)
     return _as_stored(delta, item), entry
 
 

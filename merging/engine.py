@@ -254,7 +254,8 @@ class Run:
     def _merge(self, name: str, weight: Tensor) -> tuple[Delta, WeightReport]:
         scale = self._plan.merged[name].choice.post.scale if self._finish is None else 1.0
         with torch_threads(1 if is_small(self._plan, name) else self._threads):
-            return merged_delta(self._plan, name, weight, scale, self._device, self._diagnostics)
+            rounded_to = self._output.rounded_to(name)
+            return merged_delta(self._plan, name, weight, scale, self._device, self._diagnostics, rounded_to)
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def plan(
         seed,
         merged,
         numbers,
-        (*more, *_notes(tensors, opened, merged), *_notes_on_statistics(wish.method.name, numbers, merged)),
+        (*tensors.notes, *more, *_notes(opened, merged), *_notes_on_statistics(wish.method.name, numbers, merged)),
         {source.name: source.not_carried + _left_out(source, wish) for source in opened},
         earlier,
     )
@@ -172,7 +172,7 @@ def _left_out(source: Source, wish: Wish) -> list[str]:
     return [f"{name}: left out by a filter" for name in source.ranks if not wish.selects(name)]
 
 
-def _notes(base: TensorFolder, sources: Sequence[Source], merged: Mapping[str, WeightPlan]) -> list[str]:
+def _notes(sources: Sequence[Source], merged: Mapping[str, WeightPlan]) -> list[str]:
     notes = [note for source in sources for note in source.notes]
     kinds = dict.fromkeys(source.kind for source in sources)
     if len(kinds) > 1:
@@ -189,9 +189,6 @@ def _notes(base: TensorFolder, sources: Sequence[Source], merged: Mapping[str, W
     if len(sources) > 1:
         alone = sum(1 for item in merged.values() if len(item.sources) < len(sources))
         notes += [f"{alone} of {len(merged)} weights are not changed by all sources"] if alone else []
-    for source in sources:
-        lacking = [name for name in base if name not in source.ranks] if source.kind == "checkpoint" else []
-        notes += [f"{source.name} lacks {len(lacking)} tensors of the base, e.g. {lacking[0]!r}"] if lacking else []
     return notes
 
 

@@ -14,6 +14,9 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_in_torch_dispatch_mode
 
 from orthoft.delta import Delta
 
@@ -39,6 +42,7 @@ class Adapter(nn.Module, ABC):
     """Trainable state on one frozen linear map. It is made, adopts its weight, and is reset, in this order."""
 
     kept: ClassVar[tuple[str, ...]] = ()  # buffers that a cast leaves in float32: rounded bases are not orthonormal
+    _former_parameters: dict[str, Tensor]  # set by nn.DataParallel on its replicas, which have no others
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,16 +100,19 @@ class Adapter(nn.Module, ABC):
 
     def matrices(self) -> Any:
         """Return ``build()``, kept from call to call in evaluation mode for as long as no parameter changes."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_replica(self):
             return self._built()
         state = self.sources()
+        if not have_values(state):
+            return self._built()
         if self._cache is None or not _equal(self._cache[0], state):
             self._cache = [p.detach().clone() for p in state], self._built()
         return self._cache[1]
 
     def _built(self) -> Any:
         """Return ``build()`` as it is without autocast, which would compute the small matrices in half precision."""
-        device = next(self.parameters()).device.type
+        held: Any = self._former_parameters.values() if is_replica(self) else self.parameters()
+        device = next(iter(held)).device.type
         if not autocasts(device):
             return self.build()
         with torch.autocast(device, enabled=False):
@@ -155,6 +162,19 @@ def _equal(seen: list[Tensor], state: list[Tensor]) -> bool:
         old.dtype == new.dtype and old.device == new.device and torch.equal(old, new)
         for old, new in zip(seen, state, strict=True)
     )
+
+
+def have_values(tensors: Sequence[Tensor]) -> bool:
+    """Say whether tensors may be compared and kept: not on the meta device, in FakeTensorMode or under torch.func."""
+    modes = _get_current_dispatch_mode_stack() if is_in_torch_dispatch_mode() else []
+    faked = bool(modes) and any(isinstance(mode, FakeTensorMode) for mode in modes)
+    shapes = [x for x in tensors if x.is_meta or type(x) is FakeTensor]
+    return not shapes and not faked and peek_interpreter_stack() is None
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Say whether a module is nn.DataParallel's copy for one call: its parameters are plain attributes."""
+    return "_is_replica" in module.__dict__
 
 
 def cast_for_autocast(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Literal
 
@@ -11,6 +12,11 @@ from torch import Tensor
 from orthoft.linalg import RotationMap, rotation_update
 
 SVD = Literal["full", "lowrank"]
+
+
+def generator_of(name: str) -> torch.Generator:
+    """Return a generator seeded by a name: what it draws differs from layer to layer, not by the order of layers."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big"))
 
 
 def signed_svd(

@@ -59,6 +59,11 @@ PAPERS = {
         "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
         2023,
     ),
+    "2312.02432": _paper(
+        "Ryan Po, Guandao Yang, Kfir Aberman, Gordon Wetzstein",
+        "Orthogonal Adaptation for Modular Customization of Diffusion Models",
+        2023,
+    ),
     "2312.06795": _paper(
         "MohammadReza Davari, Eugene Belilovsky",
         "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks",
@@ -139,6 +144,11 @@ PAPERS = {
         "Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation",
         2025,
     ),
+    "2505.22934": _paper(
+        "Haobo Zhang, Jiayu Zhou",
+        "Unraveling LoRA Interference: Orthogonal Subspaces for Robust Model Merging",
+        2025,
+    ),
     "2506.19847": _paper(
         "Zeju Qiu, Weiyang Liu, Adrian Weller, Bernhard Schölkopf", "Orthogonal Finetuning Made Scalable", 2025
     ),
@@ -178,7 +188,7 @@ def bibtex(arxiv: str) -> str:
     )
 
 
-def citation_section(arxiv: Iterable[str]) -> list[str]:
-    """Return the lines of a model card that cite papers, each once; none without papers."""
+def citation_section(arxiv: Iterable[str], title: str = "Cite") -> list[str]:
+    """Return the lines of a model card that cite papers under a title, each once; none without papers."""
     entries = [bibtex(paper) for paper in dict.fromkeys(arxiv)]
-    return ["## Cite", "", "```bibtex", "\n\n".join(entries), "```", ""] if entries else []
+    return [f"## {title}", "", "```bibtex", "\n\n".join(entries), "```", ""] if entries else []

@@ -60,6 +60,10 @@ class OrthoConfig(PeftConfig):
         for name in ("rank_pattern", "block_size_pattern"):
             if getattr(self, name, {}) is None:
                 setattr(self, name, {})
+        if not isinstance(self.init_weights, bool):
+            raise ValueError(
+                f"init_weights is True (the identity) or False (a random start), got {self.init_weights!r}"
+            )
         self._check_choice("bias", ("none", "all", "ortho_only"))
         if self.bias != "none" and not saves_biases():
             raise ValueError("bias needs PEFT 0.21 or newer: PEFT 0.20 trains biases but does not save them")
@@ -96,6 +100,12 @@ class OrthoConfig(PeftConfig):
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
             raise unknown(f"value of {name}", getattr(self, name), choices)
+
+    @staticmethod
+    def _check_whole(name: str, *sizes: object) -> None:
+        for size in sizes:
+            if not isinstance(size, int):
+                raise ValueError(f"{name} must be a whole number, got {size!r}")
 
     @staticmethod
     def _by_pattern(pattern: dict[str, int], key: str, default: int) -> int:

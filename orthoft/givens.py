@@ -112,6 +112,8 @@ def _one_hot(blocks: Tensor) -> Tensor:
 class _LeadersFirst(torch.autograd.Function):
     """`tree_product` for ``Q``: saves the rows alone, and passes over them as rarely as block products can."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(rows: Tensor, blocks: Tensor) -> Tensor:
         return _leaders_first(rows, blocks)
@@ -205,7 +207,7 @@ class _Part(NamedTuple):
 
     def of(self, rows: Tensor) -> Tensor:
         """Return the same as (number, t, width), a view."""
-        return self.columns(rows).view(len(rows), self.number, self.width).transpose(0, 1)
+        return self.columns(rows).view(rows.shape[0], self.number, self.width).transpose(0, 1)
 
 
 def _parts(n: int, size: int) -> list[_Part]:

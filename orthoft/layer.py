@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from orthoft.adapter import Adapter, InputRotation, Map, cast_for_autocast
 from orthoft.config import OrthoConfig
-from orthoft.layouts import LinearLayout, layout_of
+from orthoft.layouts import LinearLayout, layout_of, loaded
 from orthoft.linalg import at_least_float32
 from orthoft.quantization import OriginalWeight, quantization_backend, requantization_error
 
@@ -54,13 +54,15 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: OrthoConfig, key: str) -> None:
         """Add an adapter."""
         adapter = config.make_adapter(key, self.in_features, self.out_features)
-        with gather_params_ctx(self.get_base_layer().parameters()):  # ZeRO-3 keeps them in parts
+        base = self.get_base_layer()
+        with gather_params_ctx(base.parameters()):  # ZeRO-3 keeps them in parts
             adapter.adopt(self._frozen_rows)
         adapter.reset_parameters(identity=config.init_weights)
         self.adapters[adapter_name] = adapter.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        dtype = getattr(getattr(self.get_base_layer(), "weight", None), "dtype", torch.float32)
-        if dtype.is_floating_point and not any(p.is_meta for p in adapter.parameters()):
+        dtype = getattr(getattr(base, "weight", None), "dtype", torch.float32)
+        rounds = dtype.is_floating_point and dtype.itemsize > 1  # float8 stores weights; nothing is computed in it
+        if rounds and not any(p.is_meta for p in adapter.parameters()):
             adapter.to(dtype)  # as all of PEFT's; with autocast_adapter_dtype, its default, PEFT makes it float32 again
             for buffer in adapter.buffers():  # which PEFT leaves as they are: it would load into rounded ones
                 buffer.data = at_least_float32(buffer) if buffer.is_floating_point() else buffer.data
@@ -72,8 +74,10 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
             return
         base = self.get_base_layer()
         held = next(itertools.chain(base.parameters(), base.buffers()), None)
-        if device is not None or held is not None:
-            self.adapters[adapter_name].to(device or cast(Tensor, held).device)
+        if device is None and held is not None:  # meta is where accelerate's offloading has it, not where it computes
+            device = getattr(base._hf_hook, "execution_device", None) if hasattr(base, "_hf_hook") else held.device
+        if device is not None:
+            self.adapters[adapter_name].to(device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names: list[str] | None = kwargs.pop("adapter_names", None)
@@ -111,7 +115,8 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
         found = {name: self.adapters[name] for name in rows if name in self.adapters}
         turned = {name: a.turn for name, a in found.items() if isinstance(a, InputRotation)}
         if isinstance(self.layout, LinearLayout) and len(turned) == len(found):  # one call of the frozen layer for all
-            parts = [turned.get(name, cast_for_autocast)(x[index]) for name, index in rows.items()]
+            with loaded(*found.values()):
+                parts = [turned.get(name, cast_for_autocast)(x[index]) for name, index in rows.items()]
             return base(torch.cat(parts)[torch.argsort(order)])
         parts = [self._adapted(x[index], base, [name]) for name, index in rows.items()]
         return torch.cat(parts)[torch.argsort(order)]
@@ -167,9 +172,10 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
 
     def _frozen_rows(self) -> Tensor:
         """Return the (m, n) weight without what is merged into it, in float32 or more."""
-        original, device = self._original_weight, self.get_base_layer().weight.device
-        weight = self.get_base_weight() if original is None else original.read(device)
-        return at_least_float32(self.layout.rows(weight))
+        with loaded(base := self.get_base_layer()):
+            original = self._original_weight
+            weight = self.get_base_weight() if original is None else original.read(base.weight.device)
+            return at_least_float32(self.layout.rows(weight))
 
     @torch.no_grad()
     def _merged_weight(self, weight: Tensor, names: list[str]) -> Tensor:

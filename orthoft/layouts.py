@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from orthoft.adapter import Adapter, FrozenLinear, Map
@@ -15,6 +17,7 @@ from orthoft.linalg import at_least_float32
 from orthoft.quantization import quantization_backend
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+OWN_FORWARD = tuple(convolution.forward for convolution in CONVOLUTIONS)
 
 
 class Layout(ABC):
@@ -77,14 +80,16 @@ class EmbeddingLayout(Layout):
         embed = call
         for adapter in adapters:
             embed = partial(adapter.lookup, embed=embed)
-        return embed(x)
+        with loaded(*adapters):
+            return embed(x)
 
 
 class ConvLayout(Layout):
     """Convolutions: the matrix is (m filters, n = channels per group x kernel), flattened.
 
     The filters are adapted, not the patches of the image: that is exact for any stride, padding, dilation and number of
-    groups, and costs as much as a merge, once per forward pass.
+    groups, and costs as much as a merge, once per forward pass. A layer with a forward of its own, or with hooks, is
+    called with the adapted filters in place of its weight.
     """
 
     def features(self, base: Any) -> tuple[int, int]:
@@ -97,12 +102,17 @@ class ConvLayout(Layout):
         return rows.reshape(like.shape)
 
     def run(self, base: Any, call: Map, adapters: Sequence[Adapter], x: Tensor) -> Tensor:
-        rows = at_least_float32(self.rows(base.weight))
-        for adapter in adapters:
-            rows = adapter.in_training(rows) if adapter.training else adapter.merged(rows)
-        weight = self.stored(rows, base.weight).to(base.weight.dtype)
-        output: Tensor = base._conv_forward(x, weight, base.bias)
-        return output
+        with loaded(base, *adapters):
+            frozen = base.weight
+            rows = at_least_float32(self.rows(frozen))
+            for adapter in adapters:
+                rows = adapter.in_training(rows) if adapter.training else adapter.merged(rows)
+            weight = self.stored(rows, frozen).to(frozen.dtype if frozen.dtype.itemsize > 1 else x.dtype)
+            if _plain_forward(base) and (_unhooked(base) or "weight" not in base._parameters):
+                output: Tensor = base._conv_forward(x, weight, base.bias)
+            else:
+                output = functional_call(_Called(base, call), {"base.weight": weight}, (x,))
+            return output
 
 
 def layout_of(base: nn.Module) -> Layout:
@@ -123,6 +133,8 @@ def layout_of(base: nn.Module) -> Layout:
     if isinstance(base, nn.Embedding):
         return EmbeddingLayout()
     if isinstance(base, CONVOLUTIONS):
+        if not _plain_forward(base) and "weight" not in base._parameters:
+            raise ValueError(f"the weight of {type(base).__name__} is computed, by a forward of its own: leave it out")
         return ConvLayout()
     backend = quantization_backend(base)  # GPTQ's and AWQ's layers are no nn.Linear
     if backend is not None and backend.layer_type == "linear":
@@ -137,5 +149,53 @@ def _plain(base: Any) -> bool:
     """Say whether the weight may be used in place of the call: a float tensor in a layer nobody has hooked into."""
     own_class = type(base) in (nn.Linear, Conv1D)
     weight: Any = getattr(base, "weight", None)
-    own_weight = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
-    return own_class and own_weight and not hasattr(base, "_hf_hook") and not base._forward_hooks
+    own_weight = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.dtype.itemsize > 1
+    return own_class and own_weight and _unhooked(base)
+
+
+def _plain_forward(base: nn.Module) -> bool:
+    """Say whether a convolution computes as torch's do; one whose weight is parametrised has a class of its own."""
+    return type(base).forward in OWN_FORWARD
+
+
+def _unhooked(base: Any) -> bool:
+    """Say whether nobody needs the call itself: no hook of torch's, no forward set from outside, as accelerate's is."""
+    own_forward = "forward" not in base.__dict__
+    return own_forward and not (
+        base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    )
+
+
+class _Called(nn.Module):
+    """The call of a frozen layer with the layer as a child, so that its weight can be replaced for this call."""
+
+    def __init__(self, base: nn.Module, call: Map) -> None:
+        super().__init__()
+        self.base, self.call = base, call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x)
+
+
+def loaded(*modules: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which modules have the parameters that accelerate's offloading takes from them between calls.
+
+    It loads them in the call of a module only: whoever uses one in another way needs this. Costs nothing without it.
+    """
+    hooked = [module for module in modules if "_hf_hook" in module.__dict__]
+    return _loaded(hooked) if hooked else nullcontext()
+
+
+@contextmanager
+def _loaded(modules: Sequence[Any]) -> Iterator[None]:
+    hooks = [(module, hook) for module in modules for hook in getattr(module._hf_hook, "hooks", (module._hf_hook,))]
+    offloading = [(module, hook) for module, hook in hooks if getattr(hook, "offload", False)]
+    try:
+        for module, hook in offloading:
+            hook.pre_forward(module)
+            hook.offload = False  # a call within would load the frozen weight again, over an adapted one
+        yield
+    finally:
+        for module, hook in offloading:
+            hook.offload = True
+            hook.post_forward(module, None)

@@ -21,7 +21,7 @@ BLOCK = 2**8  # pieces that are cast at once: in memory that is not fresh each t
 
 def at_least(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``x`` in ``dtype``, or unchanged when its own holds all of that already."""
-    return x.to(torch.promote_types(x.dtype, dtype))
+    return x.to(dtype if x.dtype.itemsize == 1 else torch.promote_types(x.dtype, dtype))  # float8 has no promotion
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -91,6 +91,8 @@ def series_update(S: Tensor, degree: int = 5) -> Tensor:
 class _Cayley(torch.autograd.Function):
     """Saves two matrices a block, where the solve by itself would save four: ``dC = (I - S)^{-1} dS (I + C)``."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(S: Tensor) -> Tensor:
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
@@ -112,6 +114,8 @@ class _Cayley(torch.autograd.Function):
 
 class _Series(torch.autograd.Function):
     """Horner's rule, ``H <- 2 I + 2 S + S^2 H`` from ``2 I + S``; backward computes it again, and saves ``S`` alone."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(S: Tensor, degree: int) -> Tensor:
@@ -226,6 +230,8 @@ def add_block_product(x: Tensor, update: Tensor) -> Tensor:
 class _BlockProduct(torch.autograd.Function):
     """One copy of the rows and one batched product into it, forward and backward; saves the rows and the blocks."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(rows: Tensor, update: Tensor) -> Tensor:
         return add_blocks(rows, update)
@@ -255,7 +261,7 @@ def add_blocks(rows: Tensor, update: Tensor) -> Tensor:
 
 def _by_blocks(rows: Tensor, size: int) -> Tensor:
     """Return rows (t, g b) as (g, t, b), a view where they are contiguous."""
-    return rows.reshape(len(rows), rows.shape[1] // size, size).transpose(0, 1)
+    return rows.reshape(rows.shape[0], rows.shape[1] // size, size).transpose(0, 1)  # len() would fix an exported one
 
 
 def add_low_rank_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -54,14 +54,24 @@ def saves_biases() -> bool:
 
 
 def write_load_hint(folder: str | Path) -> None:
-    """Say in the model card that PEFT saved what the adapter is, what it takes to load it, and whom to cite."""
-    card = Path(folder) / "README.md"
+    """Say in the model card that PEFT saved what the adapter is, what it takes to load it, and whom to cite.
+
+    PEFT saves an adapter that is not called "default" in a folder of its name, beside the card.
+    """
+    folder = Path(folder).absolute()
+    card, above = folder / "README.md", folder.parent / "README.md"
+    where = "this-folder"
+    if not card.is_file() and above.is_file() and "library_name: peft" in above.read_text(encoding="utf-8"):
+        card, where = above, f"this-folder/{folder.name}"
     if card.is_file() and "import orthoft" not in (text := card.read_text(encoding="utf-8")):
-        card.write_text(text.rstrip() + "\n\n" + "\n".join(about_adapter(Path(folder))), encoding="utf-8")
+        card.write_text(text.rstrip() + "\n\n" + "\n".join(about_adapter(folder, where)), encoding="utf-8")
 
 
-def about_adapter(folder: Path) -> list[str]:
-    """Return the lines of a model card on the adapter of ours in a folder: what it is, how it loads, whom to cite."""
+def about_adapter(folder: Path, where: str = "this-folder") -> list[str]:
+    """Return the lines of a model card on the adapter of ours in a folder: what it is, how it loads, whom to cite.
+
+    ``where`` is how a reader of the card calls the folder.
+    """
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     kind, base = config["peft_type"], config.get("base_model_name_or_path") or "BASE"
     method = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
@@ -77,10 +87,10 @@ def about_adapter(folder: Path) -> list[str]:
         LEARNT_FROM_US,
         "",
         "```python",
-        words_to_adapt(_auto_class(config, base), base, "this-folder", ours=True),
+        words_to_adapt(_auto_class(config, base), base, where, ours=True),
         "```",
         "",
-        WITHOUT_US,
+        WITHOUT_US.replace("this-folder", where),
         "",
         *citation_section(cited_in(sys.modules[method.__module__])),
     ]

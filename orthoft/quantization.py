@@ -49,6 +49,8 @@ def check_mergeable(base_layer: Any, backend: Any) -> None:
     if backend is None:
         if weight is None or not _is_plain(weight):
             raise ValueError(f"this PEFT cannot merge into the quantised weight of {name}: {REFUSED}")
+        if "weight" not in base_layer._parameters:  # set, it would be computed again, or taken apart into its parts
+            raise ValueError(f"the weight of {name} is computed by a parametrization: remove that before merging")
         return
     if not backend.supports_merge or weight is None:
         raise ValueError(f"merging into layers quantised with {backend.backend_name} is not supported: {REFUSED}")

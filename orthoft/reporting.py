@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from orthoft.adapter import Adapter, InputRotation
 from orthoft.layer import OrthoLayer
-from orthoft.layouts import LinearLayout
+from orthoft.layouts import LinearLayout, loaded
 
 COLUMNS = ("layer", "adapter", "shape", "|QQ^T - I|", "angle", "rms angle", "parameters", "bytes", "FLOPs")
 
@@ -72,7 +72,8 @@ def report(model: nn.Module) -> Report:
 
 def _one(name: str, layer: OrthoLayer, key: str) -> AdapterReport:
     adapter = layer.adapters[key]
-    turned = _turns(adapter, layer.in_features) if isinstance(adapter, InputRotation) else (None, None, None)
+    with loaded(adapter):
+        turned = _turns(adapter, layer.in_features) if isinstance(adapter, InputRotation) else (None, None, None)
     frozen = 2 * layer.in_features * layer.out_features
     return AdapterReport(
         name.removeprefix("base_model.model."),

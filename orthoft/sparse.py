@@ -6,14 +6,13 @@ and are never saved.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from orthoft.bases import SVD, fingerprint, signed_svd
+from orthoft.bases import SVD, fingerprint, generator_of, signed_svd
 
 Pattern = Literal["plain", "banded", "random", "top_k"]
 
@@ -53,8 +52,7 @@ def random_entries(k: int, count: int, name: str) -> Tensor:
 
     The generator is seeded by ``name``, so that layers differ and their order does not matter.
     """
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-    chosen = torch.randperm(k * k, generator=torch.Generator().manual_seed(seed))[:count]
+    chosen = torch.randperm(k * k, generator=generator_of(name))[:count]
     return chosen.sort().values
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from orthoft.adapter import Adapter, FrozenLinear, Map, cast_for_autocast
+from orthoft.adapter import Adapter, FrozenLinear, Map, cast_for_autocast, have_values, is_replica
 from orthoft.bases import check_fingerprint
 from orthoft.delta import Delta, Dense, LowRank
 from orthoft.linalg import at_least_float32
@@ -167,6 +167,8 @@ class SpectralUpdate(Adapter):
             return self.config.schedule == "weight"
         training = torch.is_grad_enabled() and self.values.requires_grad
         tokens, known = x.numel() // self.shape[1], linear.weight is not None
+        if isinstance(tokens, torch.SymInt):  # exported for any number, which must not choose
+            return False
         return weight_is_cheaper(tokens, self.shape, self.k, chain=chain, known=known, training=training)
 
     def _may_chain(self, x: Tensor, linear: FrozenLinear) -> bool:
@@ -183,6 +185,8 @@ class SpectralUpdate(Adapter):
         While compiling it is taken for granted: the answer would break the graph.
         """
         if self._factors_weight is None and not torch.compiler.is_compiling():
+            if not have_values((weight, self.U, self.V)):
+                return False
             with torch.no_grad():
                 probe = torch.randn(self.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
                 wanted = weight @ probe
@@ -212,10 +216,11 @@ class SpectralUpdate(Adapter):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Check and follow what is set from outside: transformers' own loader sets tensors one by one."""
-        if name == "fingerprint":
+        follow = not is_replica(self)  # a replica gets all of its model's
+        if follow and name == "fingerprint":
             self._check(value)
         super().__setattr__(name, value)
-        if name in ("U", "V"):
+        if follow and name in ("U", "V"):
             self._take_entries()
 
     def _check(self, saved: Tensor) -> None:

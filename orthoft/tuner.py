@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from orthoft.config import OrthoConfig
 from orthoft.errors import unknown
 from orthoft.layer import OrthoLayer
-from orthoft.layouts import ConvLayout, LinearLayout, layout_of
+from orthoft.layouts import CONVOLUTIONS, ConvLayout, LinearLayout, layout_of, loaded
 from orthoft.quantization import check_mergeable, quantization_kwargs, requantization_summary
 
 
@@ -26,6 +26,19 @@ class OrthoModel(BaseTuner):
 
     linear_layer_cls: type[OrthoLayer]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Inject as PEFT does, and warn of fused experts that the first adapter to be trained leaves out."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if len(self.peft_config) > 1 or self.peft_config[adapter_name].inference_mode:
+            return
+        if stacks := list(_stacks_of_matrices(model)):
+            count = "1 parameter stays" if len(stacks) == 1 else f"{len(stacks)} such parameters stay"
+            warnings.warn(
+                f"{stacks[0]} holds several matrices in one parameter, as fused experts do, and adapters of orthoft "
+                f"act on layers only: {count} as in the base model (a LoRA reaches them by target_parameters)",
+                stacklevel=2,
+            )
 
     def _create_and_replace(
         self,
@@ -52,7 +65,8 @@ class OrthoModel(BaseTuner):
         layer.update_layer(adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained until it is made active
-        self._replace_module(parent, target_name, layer, target)
+        with loaded(base):  # PEFT moves the adapter to where the weight is
+            self._replace_module(parent, target_name, layer, target)
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Add an adapter that combines others in their own geometry: rotations as sums of generators.
@@ -161,6 +175,19 @@ def penalty(model: nn.Module) -> Tensor | None:
     adapters = [layer.adapters[n] for layer in layers for n in layer.active_adapters if n in layer.adapters]
     terms = [term for adapter in adapters if (term := adapter.penalty()) is not None]
     return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else None
+
+
+def _stacks_of_matrices(model: nn.Module) -> Iterator[str]:
+    """Yield the names of parameters with three dimensions, such as experts, that are neither trained nor a layer's."""
+    reached = [key for key, m in model.named_modules() if isinstance(m, (OrthoLayer, AuxiliaryTrainingWrapper))]
+    for key, module in model.named_modules():
+        if type(module).__module__.startswith("torch.nn.") or isinstance(module, CONVOLUTIONS):
+            continue
+        if any(key == root or key.startswith(f"{root}.") for root in reached):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and min(parameter.shape) > 1:
+                yield f"{key}.{name}".lstrip(".")
 
 
 def _check_own_weights(layers: Mapping[str, OrthoLayer]) -> None:

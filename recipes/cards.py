@@ -8,16 +8,18 @@ from typing import Any
 
 import yaml
 
-from orthoft.citations import citation_section
+from orthoft.citations import citation_section, cited_in
 from orthoft.loading import LEARNT_FROM_US, PIPELINES, WITHOUT_US, words_to_adapt
 from orthoft.merging import MergeReport
 from orthoft.merging.files.tensors import read_json
 from orthoft.merging.formats import READERS
 from orthoft.merging.reports.card import CARD, adapter_papers, model_card
 from orthoft.merging.reports.front_matter import Scored, front_matter
+from orthoft.recipes import subspaces
 from orthoft.recipes.expert import Ready
+from orthoft.recipes.initialise import NEEDS_INPUTS
 from orthoft.recipes.kinds import KINDS
-from orthoft.recipes.refit import FOLDER as HEADS
+from orthoft.recipes.layout import HEADS
 from orthoft.recipes.table import MERGED, Rows, metrics_of, table
 from orthoft.recipes.whole import write_whole_text
 
@@ -32,6 +34,13 @@ OWN_HEADS = (
     "`merge` is scored on {} by the experts' own linear heads, which are not in this folder: each expert's holds its "
     "task's in `heads`."
 )
+DIRECTIONS = {
+    "osrm": "along which the other tasks' inputs vary least",
+    "contrastive": "along which its own task's inputs vary much and the others' little",
+    "orthogonal": "of one random orthonormal basis, shared out among the tasks",
+    "principal": "among the weights' leading singular vectors, shared out among the tasks",
+}
+PENALTY = "under a penalty on what it changes for the other tasks' inputs"
 
 
 def write_cards(results: Results) -> list[Path]:
@@ -40,7 +49,7 @@ def write_cards(results: Results) -> list[Path]:
     for row in MERGED:
         if row in results:
             folder = Path(results[row]["output"])
-            cards[folder] = model_card(MergeReport.load(folder), measured(results, row), scored(results, row))
+            cards[folder] = merge_card(results, row, MergeReport.load(folder))
     for folder, text in cards.items():
         write_whole_text(folder / CARD, text)
     return [folder / CARD for folder in cards]
@@ -84,9 +93,28 @@ def expert_card(results: Results, task: str) -> str:
         f"```python\n{words_to_adapt(auto, recipe['base'], 'this-folder', ours)}\n```",
         "",
         *_export(ours),
-        *citation_section(adapter_papers(READERS[kind]) if kind in READERS else []),
+        *citation_section([*(adapter_papers(READERS[kind]) if kind in READERS else []), *_papers_apart(recipe)]),
     ]
     return "\n".join(lines)
+
+
+def merge_card(results: Results, row: str, report: MergeReport) -> str:
+    """Return the model card of a merge; it cites what kept the experts apart after what merged them."""
+    card = model_card(report, measured(results, row), scored(results, row))
+    more = [paper for paper in _papers_apart(results["recipe"]) if paper not in card]
+    return "\n".join([card, *citation_section(more, "Cite, for the training of the experts")]) if more else card
+
+
+def kept_apart(recipe: Mapping[str, Any]) -> str:
+    """Return what kept a recipe's tasks apart before they were merged, in its own words; nothing if nothing did."""
+    wanted = recipe.get("train_to_merge") or {}
+    method, penalty = wanted.get("method"), wanted.get("penalty")
+    told = [method, "frozen" if wanted["frozen"] else "not frozen"] if method else []
+    told += [f"ridge {wanted['ridge']:g}"] if method == "contrastive" else []
+    told += [f"penalty {penalty:g}"] if penalty else []
+    if method in NEEDS_INPUTS or penalty:
+        told += [f"{wanted['rows']} rows of each task"] + ["general text"] * bool(wanted["general"])
+    return ", ".join(told)
 
 
 def measured(results: Results, row: str) -> list[str]:
@@ -104,6 +132,7 @@ def measured(results: Results, row: str) -> list[str]:
         "On the test splits, one seed. Gain kept is (merge - base) / (expert - base), a share of what training gained.",
         *([OWN_HEADS.format(", ".join(probed))] if probed else []),
         *(["`merge-refit` is this model under the heads in `heads`, fitted anew on its features."] if refit else []),
+        *_how_trained(results["recipe"]),
     ]
 
 
@@ -142,9 +171,27 @@ def _facts(results: Results, task: str, name: str) -> Sequence[Sequence[str]]:
         ["trained parameters", f"{told['parameters']:,}"],
         ["steps", f"{told['steps']:,}, in {told['seconds']:.0f} s"],
         *loss,
+        *([["kept apart", told_apart]] if (told_apart := kept_apart(results["recipe"])) else []),
         ["seed", str(results["recipe"]["seed"])],
         ["trained with", ", ".join(f"{package} {number}" for package, number in versions.items())],
     ]
+
+
+def _how_trained(recipe: Mapping[str, Any]) -> list[str]:
+    """Return the sentence on a merge's card that says how its experts were trained to be merged, if they were."""
+    if not (told := kept_apart(recipe)):
+        return []
+    wanted = recipe["train_to_merge"]
+    reads = "reads" if wanted["frozen"] else "began to read"
+    ways = [f"{reads} its inputs through directions {DIRECTIONS[wanted['method']]}"] if wanted["method"] else []
+    ways += [f"was trained {PENALTY}"] if wanted["penalty"] else []
+    return [f"The experts were trained to be merged: each {' and '.join(ways)} ({told})."]
+
+
+def _papers_apart(recipe: Mapping[str, Any]) -> list[str]:
+    """Return the papers of the way in which a recipe chose its tasks' subspaces."""
+    method = (recipe.get("train_to_merge") or {}).get("method")
+    return cited_in(getattr(subspaces, method)) if method else []
 
 
 def _scores(results: Results, task: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -18,12 +19,11 @@ from torch.distributed.tensor import DTensor
 from orthoft.merging.statistics import KINDS
 from orthoft.recipes.data import read_file
 from orthoft.recipes.head import Head
-from orthoft.recipes.kinds import Kind, TaskData
+from orthoft.recipes.kinds import Kind, TaskData, kind_of
+from orthoft.recipes.layout import FINISHED, STATISTICS, expert_folder, head_file, statistics_of
 from orthoft.recipes.schema import Recipe
 from orthoft.recipes.task_schema import ImageClassification, Task
 
-FINISHED = "expert.json"
-STATISTICS = "statistics"  # of the experts, beside them
 PROBES, PROBE = 64, 2**16  # places in a file of weights that are looked at, and the bytes of each
 
 
@@ -44,11 +44,6 @@ class Ready:
     def at_start(self) -> Ready:
         """Return it with the head that training began with, by which the base is scored."""
         return self if self.head is None else replace(self, head=self.head.start)
-
-
-def head_file(expert: Path) -> Path:
-    """Return where the head of the expert in a folder is: ``heads`` stands beside ``experts``."""
-    return expert.parents[1] / "heads" / f"{expert.name}.safetensors"
 
 
 def fingerprint(recipe: Recipe, task: Task, base: Path) -> str:
@@ -115,9 +110,27 @@ def finished(folder: Path, mark: str) -> dict[str, Any] | None:
     return told if told.get("fingerprint") == mark else None
 
 
-def statistics_of(folder: Path, name: str, kind: str) -> Path:
-    """Return the file in a folder of statistics of an expert."""
-    return folder / f"{name}-{kind}.safetensors"
+def read_tasks(recipe: Recipe, tasks: Sequence[Task], base: Path) -> list[Ready]:
+    """Turn every task's rows into examples, without heads, so that a mistake there costs nothing."""
+    kinds = [kind_of(task, base) for task in tasks]
+    return [Ready(kind, kind.data(recipe.seed), None, fingerprint(recipe, kind.task, base)) for kind in kinds]
+
+
+def read_experts(recipe: Recipe, base: Path) -> list[Ready]:
+    """Return the data and heads of tasks whose experts are there.
+
+    Raises:
+        ValueError: an expert is not there, or is that of another training.
+    """
+    out = Path(recipe.output)
+    for task in recipe.tasks:
+        folder = expert_folder(out, task.name)
+        if finished(folder, fingerprint(recipe, task, base)) is None:
+            what = "is of another recipe or other data" if folder.exists() else "is not there"
+            raise ValueError(f"the expert {folder} {what}: train it by `orthoft finetune` with this recipe")
+    found = read_tasks(recipe, recipe.tasks, base)
+    heads = [head_file(expert_folder(out, ready.task.name)) for ready in found]
+    return [replace(r, head=Head.load(head)) if r.data.classes else r for r, head in zip(found, heads, strict=True)]
 
 
 def forget(folder: Path) -> None:

@@ -20,12 +20,14 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from orthoft.recipes.checkpoints import Checkpoints, Say, last_checkpoint, open_checkpoints
 from orthoft.recipes.devices import in_parts, on_cpu, placed, roomy, with_deepspeed
 from orthoft.recipes.early_stopping import KeepBest
-from orthoft.recipes.expert import Ready, head_file, save
+from orthoft.recipes.expert import Ready, save
 from orthoft.recipes.initialise import initialise
+from orthoft.recipes.layout import head_file, trainer_folder
 from orthoft.recipes.models import adapter_config, load_model
 from orthoft.recipes.schema import Recipe
 from orthoft.recipes.task_schema import Task
 from orthoft.recipes.trainers import new_arguments, new_trainer
+from orthoft.recipes.training_words import refuse_arguments, refuse_words
 from orthoft.trainer import OrthoTrainer
 
 
@@ -40,6 +42,7 @@ def training_arguments(recipe: Recipe, task: Task, folder: Path) -> TrainingArgu
         ValueError: words that the Trainer would not follow here.
     """
     words, steps = task.training, task.training.get("max_steps", -1)
+    refuse_words(words)
     if (with_deepspeed() or words.get("deepspeed")) and (
         "save_steps" in words or words.get("save_strategy", "no") != "no"
     ):
@@ -65,8 +68,7 @@ def training_arguments(recipe: Recipe, task: Task, folder: Path) -> TrainingArgu
     args = placed(new_arguments(task, output_dir=str(folder), **defaults | words), recipe.device)
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16 does nothing on a CPU: take bf16")
-    if args.load_best_model_at_end:
-        raise ValueError("load_best_model_at_end is not followed: write early_stopping beside training")
+    refuse_arguments(args)
     if task.early_stopping is not None and args.eval_strategy == "no":
         raise ValueError("early_stopping needs evaluations: leave eval_strategy out")
     return args
@@ -148,7 +150,7 @@ def train(
         "training.per_device_train_batch_size (and raise gradient_accumulation_steps), or set gradient_checkpointing"
     )
     with roomy(task.name, lower):
-        checkpoints = folder.with_name(f".{folder.name}.trainer")
+        checkpoints = trainer_folder(folder)
         args = training_arguments(recipe, task, checkpoints)
         model = adapted(recipe, task, base, args)
         if rows is not None:

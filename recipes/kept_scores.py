@@ -10,8 +10,6 @@ from typing import Any
 
 from orthoft.recipes.whole import write_whole_json
 
-SCORES = "scores.json"  # in the output, until results.json has them all
-
 
 class KeptScores:
     """A file of what was found of a model on a task, by a hash of all that it depends on."""

@@ -18,6 +18,7 @@ from orthoft.merging.files.tensors import as_matrix, matrix_shape
 from orthoft.merging.outputs.checkpoint import add_rounded
 from orthoft.merging.sources.checkpoint import Source
 from orthoft.merging.sources.names import match_names
+from orthoft.merging.statistics import STATISTICS_OF, Statistics
 from orthoft.merging.threads import torch_threads
 from orthoft.merging.wish import wish_for
 
@@ -64,14 +65,23 @@ class LiveMerge:
     """A model, the deltas of its tasks, and merges of them that are put into its parameters and taken out exactly.
 
     ``plan`` opens the sources and says which weights are tried; its method does not matter. Merges are rounded to
-    ``dtype`` (the base's own unless given), as the export rounds them, and then to the parameters' dtype.
+    ``dtype`` (the base's own unless given), as the export rounds them, and then to the parameters' dtype. Methods that
+    take statistics are given those of ``numbers``, by kind and source, or of the plan.
 
     Raises:
         ValueError: a weight is not a parameter of the model, or the model holds other numbers than the base on disk.
     """
 
-    def __init__(self, plan: MergePlan, model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        plan: MergePlan,
+        model: nn.Module,
+        dtype: torch.dtype | None = None,
+        numbers: Mapping[str, Mapping[str, Statistics]] | None = None,
+    ) -> None:
         self.model, self._dtype = model, dtype
+        own = {one.kind: plan.statistics for one in plan.statistics.values()}
+        self.numbers: Mapping[str, Mapping[str, Statistics]] = {**own, **(numbers or {})}
         self._weights = {name: at_least_float32(as_matrix(plan.base[name])) for name in plan.merged}
         self._parameters = self._find(plan)
         self.held = [Held(source, self._weights) for source in plan.sources]
@@ -105,7 +115,8 @@ class LiveMerge:
             for name, item in self._plan.merged.items()
             if wish.selects(name)
         }
-        return replace(self._plan, wish=wish, merged=merged)
+        numbers = self.numbers.get(STATISTICS_OF.get(wish.method.name, ""), {})
+        return replace(self._plan, wish=wish, merged=merged, statistics=numbers)
 
     def _ranks(self, name: str) -> list[int | None]:
         return [source.ranks[name] for source in self.held if name in source.ranks]

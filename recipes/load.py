@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import yaml
 from pydantic import ValidationError
 
 from orthoft.recipes.schema import Recipe
+from orthoft.recipes.strict import shown
 
 Place = tuple[str | int, ...]
+MANY = 100_000  # values that a YAML text may have by aliases
 _DID_YOU_MEAN = re.compile(r"unknown key, did you mean '(.*)'")
 
 
@@ -21,7 +24,16 @@ class RecipeError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which ``2e-3`` is a number and a key given twice is a mistake."""
+    """YAML in which ``2e-3`` is a number, and a mistake is a key given twice or aliases that stand for too much."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        root: yaml.Node | None = super().get_single_node()
+        if root is not None:
+            sizes: dict[int, int] = {}
+            if _spelt_out(root, sizes) > max(MANY, 10 * len(sizes)):
+                problem = f"with its aliases spelt out it has more than {MANY:,} values"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=root.start_mark)
+        return root
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -33,6 +45,23 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _spelt_out(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Return how many values a node stands for if each alias in it is replaced by what it names.
+
+    ``sizes`` holds those of nodes that are known, by identity, and 0 for those that are being counted.
+    """
+    known = sizes.get(id(node))
+    if known == 0:
+        raise yaml.MarkedYAMLError(problem="an anchor stands within itself", problem_mark=node.start_mark)
+    if known is not None:
+        return known
+    sizes[id(node)] = 0
+    inner = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+    more = 0 if isinstance(node, yaml.ScalarNode) else sum(_spelt_out(each, sizes) for each in inner)
+    sizes[id(node)] = 1 + more
+    return 1 + more
 
 
 _Loader.add_implicit_resolver(
@@ -69,7 +98,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = error.problem_mark
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise RecipeError(f"{path}{place}: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a day such as 2026-02-30, too
+    except RecursionError:
+        raise RecipeError(f"{path}: not a YAML text (its lists and mappings are nested too deeply)") from None
+    except (yaml.YAMLError, ValueError) as error:  # of a day such as 2026-02-30, too
         raise RecipeError(f"{path}: not a YAML text ({' '.join(str(error).split())})") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: expected a mapping of keys, got {type(raw).__name__}")
@@ -107,7 +138,7 @@ def _placed(node: Any, parts: list[str], value: Any, override: str) -> Any:
         return [_placed(item, rest, value, override) if i == int(key) else item for i, item in enumerate(node)]
     if node is None or isinstance(node, dict):
         return {**(node or {}), key: _placed((node or {}).get(key), rest, value, override)}
-    raise RecipeError(f"--set {override}: there is {node!r} where {key!r} should be a key")
+    raise RecipeError(f"--set {override}: there is {shown(node)} where {key!r} should be a key")
 
 
 def with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +148,7 @@ def with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     if defaults is None or not isinstance(tasks, list):
         return rest
     if not isinstance(defaults, dict):
-        raise RecipeError(f"defaults: expected a mapping, got {defaults!r}")
+        raise RecipeError(f"defaults: expected a mapping, got {shown(defaults)}")
     return rest | {"tasks": [_over(defaults, task) for task in tasks]}
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from orthoft.recipes.expert import Ready
-
-FOLDER = "heads"  # in the folder of the merged model
+from orthoft.recipes.layout import HEADS
 
 
 def refitted(model: nn.Module, ready: Sequence[Ready], folder: Path, size: int) -> list[Ready]:
@@ -20,5 +19,5 @@ def refitted(model: nn.Module, ready: Sequence[Ready], folder: Path, size: int) 
     """
     heads = {one.task.name: one.kind.fit(model, one.data, size) for one in ready}
     for name, head in heads.items():
-        head.save(folder / FOLDER / f"{name}.safetensors")
+        head.save(folder / HEADS / f"{name}.safetensors")
     return [replace(one, head=heads[one.task.name]) for one in ready]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,10 @@ from transformers import AutoConfig
 
 from orthoft.merging.files.tensors import TensorFolder
 from orthoft.merging.formats.ours import get_reader
+from orthoft.merging.formats.registry import Extent
+from orthoft.merging.formats.tokens import TOKENS
 from orthoft.merging.sources.names import match_names
+from orthoft.merging.wish import Wish, check_patterns
 from orthoft.recipes.load import RecipeError
 from orthoft.recipes.models import adapter_config, auto_class
 from orthoft.recipes.prepare import wished
@@ -21,6 +26,45 @@ from orthoft.recipes.schema import Export, Merge, Recipe
 from orthoft.recipes.task_schema import Task
 
 Ranks = Mapping[str, int | None]  # of a task's factors, by the adapted matrix; None for a matrix without factors
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a task's expert will hold, by the names that its model has for them; ``complete`` unless there may be more.
+
+    Extents of adapters by module, the modules whose bias changes, shapes of tensors that replace the base's
+    (``modules_to_save``, biases), and weights of which some rows are new.
+    """
+
+    extents: Mapping[str, Extent] = field(default_factory=dict)
+    biased: Sequence[str] = ()
+    beside: Mapping[str, Shape] = field(default_factory=dict)
+    tokens: Sequence[str] = ()
+    complete: bool = True
+
+    @cached_property
+    def ranks(self) -> Ranks:
+        """The matrices that change, with the ranks of their factors."""
+        whole = [name.removesuffix(".weight") for name, shape in self.beside.items() if len(shape) == 2]
+        return {**dict.fromkeys(whole), **{module: extent.rank for module, extent in self.extents.items()}}
+
+    def in_base(self, base: TensorFolder) -> dict[str, str] | None:
+        """Return what tensors of the base change, by their own names, named as in its files; None if it is unknown."""
+        extents = {f"{module}.weight": extent for module, extent in self.extents.items()}
+
+        def fits(own: str, theirs: str) -> bool:
+            if own in extents:
+                return extents[own].fits(base.shape(theirs))
+            return own not in self.beside or self.beside[own] == base.shape(theirs)
+
+        names = [*extents, *self.beside, *self.tokens]
+        try:
+            naming = match_names(names, base, fits)
+        except ValueError:  # ambiguous: the merge tells
+            return None
+        named = {own: naming.to_base(own) for own in (*names, *(f"{module}.bias" for module in self.biased))}
+        return {own: theirs for own, theirs in named.items() if theirs is not None and theirs in base}
 
 
 def rehearse(recipe: Recipe, base: Path) -> None:
@@ -30,15 +74,14 @@ def rehearse(recipe: Recipe, base: Path) -> None:
         RecipeError: one line per adapter that does not fit the base, or for a merge or an export they do not allow.
     """
     mistakes: list[str] = []
-    ranks: dict[str, Ranks] = {}
+    saved: dict[str, Saved] = {}
     for i, task in enumerate(recipe.tasks):
         try:
-            ranks[task.name] = adapter_ranks(task, base, to_merge=recipe.merge is not None)
+            saved[task.name] = saved_by(task, base, to_merge=recipe.merge is not None)
         except (ValueError, TypeError) as error:
             mistakes.append(f"tasks[{i}].adapter: {' '.join(str(error).split())}")
     if recipe.merge is not None and not mistakes:
-        mistakes += misnamed(base, ranks)
-        mistakes += merge_mistakes(recipe.merge, recipe.export, ranks)
+        mistakes = misnamed(base, saved) or merge_mistakes(recipe.merge, recipe.export, saved, TensorFolder(base))
     if mistakes:
         raise RecipeError("\n".join(mistakes))
 
@@ -49,31 +92,45 @@ def adapter_ranks(task: Task, base: Path, to_merge: bool) -> Ranks:
     Raises:
         ValueError: the adapter fits no module of the base, or uses what cannot be merged.
     """
+    return saved_by(task, base, to_merge).ranks
+
+
+def saved_by(task: Task, base: Path, to_merge: bool) -> Saved:
+    """Return what a task's expert will hold, nothing unless ``to_merge``.
+
+    Raises:
+        ValueError: the adapter fits no module of the base, or uses what cannot be merged.
+    """
     config = adapter_config(task.adapter, task.kind)
     with torch.device("meta"):
         model: Any = auto_class(task.kind).from_config(AutoConfig.from_pretrained(str(base), trust_remote_code=False))
         try:
             model = peft.get_peft_model(model, config)
         except NotImplementedError:  # an adapter that starts from the weights' values: it cannot be built without them
-            return {}
+            return Saved(complete=False)
     if not to_merge:
-        return {}
+        return Saved()
     reader = get_reader(config.to_dict())
-    modules: dict[str, dict[str, tuple[int, ...]]] = {}
-    whole: list[str] = []  # modules_to_save, and the like
+    modules: dict[str, dict[str, Shape]] = {}
+    beside: dict[str, Shape] = {}
+    tokens: list[str] = []
     for key, tensor in peft.get_peft_model_state_dict(model).items():
-        module, own, rest = key.removeprefix("base_model.model.").partition(f".{reader.prefix}")
+        name = key.removeprefix("base_model.model.")
+        module, own, rest = name.partition(f".{reader.prefix}")
         if own:
             modules.setdefault(module, {})[reader.prefix + rest] = tuple(tensor.shape)
-        elif tensor.ndim == 2:
-            whole.append(module.removesuffix(".weight"))
-    adapted = {module: reader.extent(config.to_dict(), shapes).rank for module, shapes in modules.items()}
-    return {**dict.fromkeys(whole), **adapted}
+        elif name.endswith(TOKENS):
+            tokens.append(name.removesuffix(TOKENS) + ".weight")
+        else:
+            beside[name.replace(".base_layer.", ".")] = tuple(tensor.shape)
+    extents = {module: reader.extent(config.to_dict(), shapes) for module, shapes in modules.items()}
+    biased = [module for module, shapes in modules.items() if reader.bias in shapes]
+    return Saved(extents, biased, beside, tokens, complete=not getattr(config, "target_parameters", None))
 
 
-def misnamed(base: Path, ranks: Mapping[str, Ranks]) -> list[str]:
+def misnamed(base: Path, saved: Mapping[str, Saved]) -> list[str]:
     """Return a line if none of the adapted weights has a name in the base's files that a merge could find."""
-    wanted = [f"{module}.weight" for module in dict.fromkeys(chain.from_iterable(ranks.values()))]
+    wanted = [f"{module}.weight" for module in dict.fromkeys(chain.from_iterable(own.ranks for own in saved.values()))]
     stored = TensorFolder(base)
     try:
         naming = match_names(wanted, stored, lambda own, theirs: True)
@@ -87,17 +144,45 @@ def misnamed(base: Path, ranks: Mapping[str, Ranks]) -> list[str]:
     ]
 
 
-def merge_mistakes(merge: Merge, export: Export, ranks: Mapping[str, Ranks]) -> list[str]:
-    """Return what forbids the merge's space or the LoRA export, as one line, or nothing."""
-    wish = wished(merge, len(ranks))
-    exact = export.lora is not None and export.lora.rank is None
-    for module in dict.fromkeys(chain.from_iterable(ranks.values())):
-        found = {task: own[module] for task, own in ranks.items() if module in own}
-        dense = [task for task, rank in found.items() if rank is None]
+def merge_mistakes(merge: Merge, export: Export, saved: Mapping[str, Saved], base: TensorFolder) -> list[str]:
+    """Return what forbids the merge's patterns, its space or the LoRA export, as one line, or nothing.
+
+    Patterns are of the names in the base's files, as those of a merge are. What is unknown is not judged.
+    """
+    wish = wished(merge, len(saved))
+    named = {task: own.in_base(base) for task, own in saved.items()}
+    touched = {*chain.from_iterable(names.values() for names in named.values() if names is not None)}
+    if None not in named.values() and all(own.complete for own in saved.values()):
         try:
-            space = wish.of(f"{module}.weight", list(ranks)).choice(list(found.values()), vector=False).space
+            _check_patterns(wish, [name for name in base if name in touched and 0 not in base.shape(name)])
         except ValueError as error:
-            return [f"merge: {module}: {error} (no factors: {', '.join(dense)})"]
+            return [f"merge: {error}"]
+    ranks: dict[str, dict[str, int | None]] = {}
+    for task, names in named.items():
+        for module, rank in saved[task].ranks.items():
+            weight = (names or {}).get(f"{module}.weight")
+            if weight is not None and wish.selects(weight):
+                ranks.setdefault(weight, {})[task] = rank
+    return _space_mistakes(merge, wish, export, list(saved), ranks)
+
+
+def _check_patterns(wish: Wish, names: Sequence[str]) -> None:
+    check_patterns((*wish.include, *wish.exclude, *wish.overrides), names)
+    if names and not any(map(wish.selects, names)):
+        raise ValueError("include and exclude leave no weight to merge")
+
+
+def _space_mistakes(
+    merge: Merge, wish: Wish, export: Export, tasks: Sequence[str], weights: Mapping[str, Ranks]
+) -> list[str]:
+    """Return what forbids the space or the LoRA export of weights, of which there are the ranks by task."""
+    exact = export.lora is not None and export.lora.rank is None
+    for weight, ranks in weights.items():
+        dense = [task for task, rank in ranks.items() if rank is None]
+        try:
+            space = wish.of(weight, tasks).choice(list(ranks.values()), vector=False).space
+        except (ValueError, TypeError) as error:
+            return [f"merge: {weight.removesuffix('.weight')}: {error} (no factors: {', '.join(dense)})"]
         if exact and not (space.keeps_factors and not dense):
             who = f"the adapters of {', '.join(dense)} have" if dense else f"a {merge.method!r} merge in full space has"
             return [f"export.lora: a rank is needed, {who} no low-rank factors: set export.lora.rank"]

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from orthoft.recipes.strict import Name, PathText, Strict
+from orthoft.recipes.strict import Name, PathText, Strict, keys_of
 from orthoft.recipes.table import MERGED
 from orthoft.recipes.task_schema import Task
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Again = Literal["no", "overwrite", "keep experts"]  # what becomes of a finished run
+Objective = Literal["gain", "score", "loss"]  # of a search
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
+OF_MERGE = (  # what ``orthoft.merging.merge`` itself would take out of ``params``
+    *("tasks", "base", "sources", "out", "output", "weights", "statistics", "dtype", "rank", "max_shard_size"),
+    *("seed", "device", "diagnostics", "overwrite", "resume", "progress"),
+)
 
 
 class MergeWords(Strict):
@@ -27,24 +34,73 @@ class MergeWords(Strict):
     exclude: list[str] = Field(default_factory=list)
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _params_are_of_the_method(self) -> Self:
+        for name in self.params:
+            if name in keys_of(type(self)):
+                raise ValueError(f"{name} stands beside params, not in it")
+            if name in OF_MERGE:
+                raise ValueError(f"params are those of the method and the space, {name} is of the merge itself")
+        return self
+
     def words(self) -> dict[str, Any]:
         """Return them as arguments of ``orthoft.merging.merge``."""
-        words = {name: getattr(self, name) for name in MergeWords.model_fields if name != "params"}
-        return {**words, **self.params}
+        return as_arguments({name: getattr(self, name) for name in MergeWords.model_fields})
+
+
+def as_arguments(words: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the words of a merge as arguments of ``orthoft.merging.merge``: parameters beside the others."""
+    return {**{name: one for name, one in words.items() if name != "params"}, **words.get("params", {})}
+
+
+class MergeSearch(Strict):
+    """What `orthoft run` searches before it merges, on the tuning splits, in the words of ``orthoft.recipes.search``.
+
+    The recipe's own merge is tried first; what does best is written. A method that draws takes the recipe's seed.
+    """
+
+    trials: PositiveInt | None = None  # 50 unless a number or minutes are given
+    minutes: PositiveFloat | None = None
+    methods: list[str] | None = None
+    spaces: list[str] | None = None
+    rows: PositiveInt | None = None
+    objective: Objective = "gain"
+    pareto: bool = False
+    equal_weights: bool = False
+    memory: PositiveFloat = 8.0  # GB
+    seed: Seed | None = None
+
+
+class Measured(Strict):
+    """What is measured of each expert for methods that merge with numbers from data: rows of its own train split.
+
+    ``only`` are glob patterns of names of weights; the others merge without numbers.
+    """
+
+    examples: PositiveInt = 256
+    only: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["*"])
 
 
 class Merge(MergeWords):
     """One call of ``orthoft.merging.merge``; one number in ``weights`` stands for all tasks.
 
     ``refit_heads`` fits the tasks' linear heads anew on the merged model's features and writes them to its ``heads``.
+    Methods that take ``statistics`` are given them: files that are in the output already, or else measured.
     """
 
     weights: float | list[float] | None = None
     refit_heads: bool = False
+    statistics: Measured | None = None
+    search: MergeSearch | None = None
 
     def task_weights(self, tasks: int) -> list[float] | None:
         """Return one number per task, or None where the recipe gives none."""
         return [self.weights] * tasks if isinstance(self.weights, int | float) else self.weights
+
+    def given(self, tasks: int) -> dict[str, Any]:
+        """Return what the recipe gives of the merge itself, in the words of a trial of a search."""
+        own = self.model_dump(include={*MergeWords.model_fields}, exclude_unset=True)
+        return own | {"weights": weights} if (weights := self.task_weights(tasks)) is not None else own
 
 
 class TrainToMerge(Strict):
@@ -131,7 +187,7 @@ class Recipe(Strict):
     dtype: Dtype | None = None
     quantization: Quantization | None = None
     output: PathText
-    seed: int = 0
+    seed: Seed = 0
     device: str | None = None  # cpu, cuda, cuda:1, mps; unless given, what accelerate finds
     threads: PositiveInt | None = None
     defaults: None = Field(None, exclude=True)  # laid under the tasks before they are checked
@@ -162,6 +218,12 @@ class Recipe(Strict):
         headless = [task.name for task in self.tasks if not hasattr(task, "head")]
         if self.merge is not None and self.merge.refit_heads and headless:
             raise ValueError(f"merge.refit_heads is for tasks with a head, {headless[0]!r} has none")
+        return self
+
+    @model_validator(mode="after")
+    def _a_found_merge_may_be_dense(self) -> Self:
+        if self.merge is not None and self.merge.search and self.export.lora and self.export.lora.rank is None:
+            raise ValueError("export.lora.rank is needed: merge.search may find a merge without low-rank factors")
         return self
 
     @model_validator(mode="after")

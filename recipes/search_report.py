@@ -9,16 +9,17 @@ from dataclasses import asdict, dataclass
 from html import escape
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from orthoft.merging.reports.page import Page, Section, Table
 from orthoft.merging.reports.pictures import COLOURS, NOTHING, legend, number
+from orthoft.merging.statistics import STATISTICS_OF
+from orthoft.recipes.schema import Objective
 from orthoft.recipes.table import Metrics, Scores, aligned, gains, mean_gain
 from orthoft.recipes.task_schema import LOWER_IS_BETTER
 
-Objective = Literal["gain", "score", "loss"]
 BASE, MERGE = "base", "merge"
 RESULT, PAGE, JOB = "search.json", "search.html", "merge.yaml"
 MOST_PAIRS = 6  # pictures of two tasks
@@ -58,6 +59,7 @@ class Found:
     trials: list[Trial]
     best: Trial
     test: Scores
+    statistics: dict[str, dict[str, str]]  # kind: task: file
     notes: list[str]
     versions: dict[str, str]
 
@@ -91,7 +93,8 @@ class Found:
 
     def job(self, output: Path) -> dict[str, Any]:
         """Return the best merge as ``orthoft merge`` reads it."""
-        return job(self.base, self.experts, self.best.words, output, self.seed, self.dtype)
+        files = self.statistics.get(STATISTICS_OF.get(self.best.words["method"], ""))
+        return job(self.base, self.experts, self.best.words, output, self.seed, self.dtype, files)
 
     def save(self, folder: Path) -> None:
         """Write ``search.json``, ``search.html`` and ``merge.yaml``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +13,20 @@ import torch
 
 from orthoft.delta import Delta, Rotated, SubspaceRotated, Transposed
 from orthoft.merging import SPACES, plan
-from orthoft.recipes.expert import Ready, fingerprint, finished
-from orthoft.recipes.head import Head
+from orthoft.merging.methods import get_method
+from orthoft.merging.spaces import get_space
+from orthoft.merging.statistics import KINDS, Statistics
+from orthoft.recipes.layout import SEARCH, STATISTICS, expert_folder, statistics_of
 from orthoft.recipes.live_merge import LiveMerge, held_bytes
 from orthoft.recipes.models import load_model
-from orthoft.recipes.pipeline import Run
-from orthoft.recipes.schema import Merge, Recipe
-from orthoft.recipes.search_report import JOB, PAGE, RESULT, Objective
+from orthoft.recipes.schema import MergeSearch, Objective, Recipe
+from orthoft.recipes.search_report import JOB, PAGE, RESULT
 from orthoft.recipes.search_space import Candidate, candidates
 
 if TYPE_CHECKING:
     from optuna import Study
 
-FOLDER, JOURNAL = "search", "search.journal"
+JOURNAL = "search.journal"
 IDENTITY = "identity"  # what Optuna keeps of a search beside its trials
 ROTATIONS: list[set[type[Delta]]] = [{Rotated}, {SubspaceRotated}]
 
@@ -43,6 +44,26 @@ class Aim:
     seed: int
 
 
+def check_search(words: MergeSearch) -> None:
+    """Check what can be known of a search before there are experts.
+
+    Raises:
+        ValueError: Optuna is not installed, or a name is unknown.
+    """
+    optuna_module()
+    for method in words.methods or ():
+        get_method(method)
+    for space in words.spaces or ():
+        get_space(space)
+
+
+def aim_of(words: MergeSearch, recipe: Recipe) -> Aim:
+    """Return what a search of a recipe's experts is for."""
+    given = words.model_dump(include={"rows", "objective", "pareto", "equal_weights"})
+    seed = recipe.seed if words.seed is None else words.seed
+    return Aim(methods=words.methods or None, spaces=words.spaces or None, seed=seed, **given)
+
+
 def optuna_module() -> Any:
     """Return Optuna, quiet, or say how to install it."""
     try:
@@ -51,29 +72,6 @@ def optuna_module() -> Any:
         raise ValueError("the search needs Optuna: pip install 'orthoft[search]'") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
-
-
-def read_experts(recipe: Recipe, base: Path) -> list[Ready]:
-    """Return the tasks' data and heads.
-
-    Raises:
-        ValueError: an expert is not there, or is that of another training.
-    """
-    run = Run(recipe, base, Path(recipe.output), lambda line: None)
-    for task in recipe.tasks:
-        folder = run.expert(task.name)
-        if finished(folder, fingerprint(recipe, task, base)) is None:
-            what = "is of another recipe or other data" if folder.exists() else "is not there"
-            raise ValueError(f"the expert {folder} {what}: train it by `orthoft finetune` with this recipe")
-    run.read(recipe.tasks)
-    heads = {ready.task.name: run.out / "heads" / f"{ready.task.name}.safetensors" for ready in run.ready}
-    return [replace(r, head=Head.load(heads[r.task.name])) if r.data.classes else r for r in run.ready]
-
-
-def own_words(wanted: Merge, tasks: int) -> dict[str, Any]:
-    """Return the recipe's own merge in the words of a trial."""
-    words = wanted.model_dump(exclude_unset=True, exclude={"refit_heads"}) | {"weights": wanted.task_weights(tasks)}
-    return {key: one for key, one in words.items() if one is not None}
 
 
 def left_out(recipe: Recipe) -> list[str]:
@@ -94,7 +92,7 @@ def open_live(recipe: Recipe, base: Path, memory: float) -> LiveMerge:
     """
     left = recipe.merge
     patterns: dict[str, Any] = {} if left is None else {"include": left.include, "exclude": left.exclude}
-    sources = [(task.name, Path(recipe.output) / "experts" / task.name) for task in recipe.tasks]
+    sources = [(task.name, expert_folder(Path(recipe.output), task.name)) for task in recipe.tasks]
     todo = plan(base, sources, method="mean", space="full", seed=recipe.seed, **patterns)
     if (need := held_bytes(todo) / 1e9) > memory:
         raise ValueError(
@@ -102,7 +100,16 @@ def open_live(recipe: Recipe, base: Path, memory: float) -> LiveMerge:
             "allow more, or leave weights out by merge.exclude"
         )
     model = load_model(recipe.tasks[0].kind, base, recipe.dtype)
-    return LiveMerge(todo, model, getattr(torch, recipe.export.dtype) if recipe.export.dtype else None)
+    dtype = getattr(torch, recipe.export.dtype) if recipe.export.dtype else None
+    files = {kind: found for kind in KINDS if (found := files_of(recipe, kind))}
+    numbers = {kind: {task: Statistics(file, todo.base) for task, file in files[kind].items()} for kind in files}
+    return LiveMerge(todo, model, dtype, numbers)
+
+
+def files_of(recipe: Recipe, kind: str) -> dict[str, Path]:
+    """Return the files of statistics of one kind by task, if all tasks of a recipe have one; else none."""
+    files = {t.name: statistics_of(Path(recipe.output, STATISTICS), t.name, kind) for t in recipe.tasks}
+    return files if all(file.is_file() for file in files.values()) else {}
 
 
 def tried_here(live: LiveMerge, aim: Aim) -> tuple[list[Candidate], list[str]]:
@@ -118,7 +125,17 @@ def tried_here(live: LiveMerge, aim: Aim) -> tuple[list[Candidate], list[str]]:
         if space != "auto" and all(item.space.name != space for item in merged.values()):
             raise ValueError(f"no weight can be merged in space {space!r}")
 
-    return candidates(aim.methods, aim.spaces, names, works)
+    return candidates(aim.methods, aim.spaces, names, works, live.numbers)
+
+
+def changed(out: Path, identity: Mapping[str, Any]) -> list[str]:
+    """Return what differs in the search that a folder holds; nothing if it holds none."""
+    if not (out / JOURNAL).is_file():
+        return []
+    now = json.loads(json.dumps(identity))
+    studies = optuna_module().get_all_study_summaries(_storage(out), include_best_trial=False)
+    known = [study.user_attrs[IDENTITY] for study in studies if IDENTITY in study.user_attrs]
+    return [key for before in known for key in now if before.get(key) != now[key]]
 
 
 def refuse_another(out: Path, identity: Mapping[str, Any]) -> None:
@@ -127,14 +144,8 @@ def refuse_another(out: Path, identity: Mapping[str, Any]) -> None:
     Raises:
         FileExistsError: it holds one of something else.
     """
-    if not (out / JOURNAL).is_file():
-        return
-    now = json.loads(json.dumps(identity))
-    studies = optuna_module().get_all_study_summaries(_storage(out), include_best_trial=False)
-    for before in [study.user_attrs[IDENTITY] for study in studies if IDENTITY in study.user_attrs]:
-        if changed := [key for key in now if before.get(key) != now[key]]:
-            what = ", ".join(changed)
-            raise FileExistsError(f"{out} holds a search with other {what}: give --overwrite to start again")
+    if what := changed(out, identity):
+        raise FileExistsError(f"{out} holds a search with other {', '.join(what)}: give --overwrite to start again")
 
 
 def open_study(out: Path, identity: Mapping[str, Any], values: int, overwrite: bool) -> Study:
@@ -143,7 +154,7 @@ def open_study(out: Path, identity: Mapping[str, Any], values: int, overwrite: b
     for name in (JOURNAL, RESULT, PAGE, JOB) if overwrite else ():
         (out / name).unlink(missing_ok=True)
     study: Study = optuna_module().create_study(
-        storage=_storage(out), study_name=FOLDER, directions=["maximize"] * values, load_if_exists=True
+        storage=_storage(out), study_name=SEARCH, directions=["maximize"] * values, load_if_exists=True
     )
     if IDENTITY not in study.user_attrs:
         study.set_user_attr(IDENTITY, dict(identity))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
@@ -11,6 +11,7 @@ from orthoft.merging import METHODS, SPACES
 from orthoft.merging.methods import Method, get_method
 from orthoft.merging.parameters import Parameters
 from orthoft.merging.spaces import get_space
+from orthoft.merging.statistics import STATISTICS_OF
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -59,6 +60,7 @@ def candidates(
     spaces: Sequence[str] | None,
     default_spaces: Sequence[str],
     works: Callable[[str, str], None],
+    statistics: Container[str] = (),
 ) -> tuple[list[Candidate], list[str]]:
     """Return what is tried, and a line for each method that is left out.
 
@@ -67,6 +69,7 @@ def candidates(
         default_spaces: tried without ``spaces``. A method that commutes is the same in all isometric ones: of these
             "auto" stands for all.
         works: raises the ValueError or TypeError of a method in a space.
+        statistics: the kinds that there are of every task.
 
     Raises:
         ValueError: an unknown name, or a method that was asked for and cannot be tried.
@@ -76,6 +79,7 @@ def candidates(
     found, notes = [], list[str]()
     for method in [get_method(name) for name in methods] if methods else METHODS.values():
         try:
+            check_statistics(method, statistics)
             found.append(Candidate(method, _spaces_of(method, spaces, default_spaces, works)))
         except (ValueError, TypeError) as error:
             if methods:
@@ -86,11 +90,21 @@ def candidates(
     return found, notes
 
 
+def check_statistics(method: Method, known: Container[str]) -> None:
+    """Check that there is what a method takes of every task's data.
+
+    Raises:
+        ValueError: there is not.
+    """
+    kind = STATISTICS_OF.get(method.name)
+    if method.needs("statistics") and (kind is None or kind not in known):
+        how = f"{kind} statistics of each task: `orthoft statistics --kind {kind}` measures them"
+        raise ValueError(f"it needs {how if kind else 'statistics of a kind that is not known'}")
+
+
 def _spaces_of(
     method: Method, spaces: Sequence[str] | None, default_spaces: Sequence[str], works: Callable[[str, str], None]
 ) -> tuple[str, ...]:
-    if method.needs("statistics"):
-        raise ValueError("it needs statistics of each task, which a search does not have")
     params = method.bind({})
     if not spaces:
         if method.commutes(params):

@@ -40,6 +40,7 @@ def collect(
     only: Sequence[str] = ("*",),
     overwrite: bool = False,
     progress: bool = True,
+    more: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the statistics of a model on the first ``examples`` of some batches, and return the file.
 
@@ -50,6 +51,7 @@ def collect(
         kind: "fisher", see `squared_gradients`, or "gram", see `input_grams`.
         out: a file that ends in .safetensors, or a folder for ``statistics.safetensors``.
         only: glob patterns of the base's names of weights, of which one has to match.
+        more: what the file's metadata say beside kind and number of examples.
 
     Raises:
         ValueError: an unknown kind, no examples, a model that gives no loss, or no weight that matches.
@@ -70,7 +72,8 @@ def collect(
         sums = makers[kind](model, _first(batches, examples, next(model.parameters()).device), only, count)
     if not seen:
         raise ValueError("there are no examples: the batches are empty")
-    return _save({name: total.div_(seen) for name, total in sums.items()}, file, {"kind": kind, "examples": str(seen)})
+    told = {"kind": kind, "examples": str(seen), **(more or {})}
+    return _save({name: total.div_(seen) for name, total in sums.items()}, file, told)
 
 
 def adam_moments(
@@ -81,6 +84,7 @@ def adam_moments(
     examples: int = 256,
     only: Sequence[str] = ("*",),
     overwrite: bool = False,
+    more: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the second moments that Adam would have at this model, see `collect` for the arguments; return the file.
 
@@ -107,7 +111,8 @@ def adam_moments(
             for batch in _first(batches, examples, next(model.parameters()).device):
                 backward(_loss(model, batch))
     kept = {name: moment.div_(1 - BETA ** steps[name]) for name, moment in moments.items()}
-    return _save(kept, file, {"kind": "second_moment", "steps": str(max(steps.values(), default=0))})
+    told = {"kind": "second_moment", "steps": str(max(steps.values(), default=0)), **(more or {})}
+    return _save(kept, file, told)
 
 
 def from_optimizer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import reprlib
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
@@ -48,14 +49,29 @@ def _renamed(error: Any, model: type[BaseModel]) -> InitErrorDetails:
     elif kind == "missing":
         message = "missing"
     elif message.startswith("Input should be "):
-        came = repr(error["input"])
-        came = came if len(came) <= 60 else f"{came[:57]}..."
-        message = f"expected {message.removeprefix('Input should be ')}, got {came}"
+        message = f"expected {message.removeprefix('Input should be ')}, got {shown(error['input'])}"
     return InitErrorDetails(type=PydanticCustomError(kind, message), loc=loc, input=error["input"])
 
 
+def shown(value: object) -> str:
+    """Return a value as Python writes it, in 60 characters at most; no more is looked at of what is long or deep."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxdict, short.maxlist, short.maxtuple = 3, 12, 12, 12
+    short.maxstring, short.maxlong, short.maxother = 200, 200, 200
+    try:
+        told = short.repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        told = f"a very long {type(value).__name__}"
+    return told if len(told) <= 60 else f"{told[:57]}..."
+
+
+def keys_of(model: type[BaseModel]) -> list[str]:
+    """Return the keys of a model as they are written in YAML."""
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
 def _nearest(key: object, model: type[BaseModel]) -> str:
-    known = list(model.model_fields)
+    known = keys_of(model)
     if near := difflib.get_close_matches(str(key), known, n=1, cutoff=0.5):
         return f"did you mean {near[0]!r}?"
     return (

@@ -1,4 +1,5 @@
-"""Faults for real: merges by the command line are killed, starved and misled; what comes out must be the same bytes.
+"""Faults for real: merges by the command line are killed, starved and misled, and whole runs of a recipe killed; what
+comes out must be the same bytes.
 
 Example: python scripts/faults.py --rounds 50 --seed 3
 """
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fault_runs import build_runs, differences, found
 from fault_world import CASES, World, build, compared, contents, ended, failure, partial, place, start_fresh, wait_for
 from safetensors.torch import load_file, save_file
 
@@ -156,7 +158,22 @@ class Faults:
                 row.wrong = [wrong] if wrong else compared(out, self.want["opcm"])
             yield row
 
-    def rows(self, rounds: int) -> Iterator[Row]:
+    def run_killed(self, rounds: int) -> Row:
+        """Kill runs of a recipe at random points, up to twice in a row, and let them end."""
+        row, root = Row("kill -9, run", rounds), self.world.root / "runs"
+        runs = build_runs(root, self.world.fresh)
+        with place(root) as out:
+            begun = time.monotonic()
+            if wrong := runs.run(out):
+                raise RuntimeError(f"the undisturbed run failed: {wrong}")
+            window, want = time.monotonic() - begun, found(out)
+        for _ in range(rounds):
+            with place(root) as out:
+                row.struck += sum(runs.killed(out, self.draw, window) for _ in range(self.draw.randint(1, 2)))
+                row.wrong += [wrong] if (wrong := runs.run(out)) else differences(found(out), want)
+        return row
+
+    def rows(self, rounds: int, runs: int) -> Iterator[Row]:
         self.undisturbed()
         for i, case in enumerate(CASES):
             if share := len(range(i, rounds, len(CASES))):
@@ -165,6 +182,8 @@ class Faults:
         yield from (fault() for fault in one_by_one)
         yield from self.locales()
         yield from self.clocks()
+        if runs:
+            yield self.run_killed(runs)
 
 
 def refused(code: int, lines: list[str]) -> list[str]:
@@ -196,15 +215,16 @@ def main() -> int:
     """Try all faults and print a table; return 1 if anything came out differently."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=50, help="kills, shared out over four kinds of merge")
+    parser.add_argument("--runs", type=int, help="kills of a recipe's run: as many as of merges unless given")
     parser.add_argument("--seed", type=int, default=0, help="of the points at which merges are killed")
     parser.add_argument("--fresh", action="store_true", help="start an interpreter for each run: slower")
     given = parser.parse_args()
-    wrong = False
+    wrong, runs = False, given.rounds if given.runs is None else given.runs
     with tempfile.TemporaryDirectory(prefix="orthoft-faults-") as folder:
         world = World(build(Path(folder)).root, given.fresh)
         print(f"{'fault':22}  rounds  struck  seconds  result (seed {given.seed})")
         begun = time.monotonic()
-        for row in Faults(world, random.Random(given.seed)).rows(given.rounds):
+        for row in Faults(world, random.Random(given.seed)).rows(given.rounds, runs):
             print(line_of(row, time.monotonic() - begun), flush=True)
             wrong, begun = wrong or bool(row.wrong), time.monotonic()
     return int(wrong)

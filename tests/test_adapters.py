@@ -156,7 +156,7 @@ def test_orthogonality(case: Case) -> None:
     if not case.exact:
         pytest.skip("obeys the law of the series instead")
     Q = adapter(case, dtype=torch.float32).rotate(torch.eye(IN)).detach().double()
-    assert torch.linalg.matrix_norm(Q.mT @ Q - torch.eye(IN), 2) <= 1e-6
+    assert torch.linalg.matrix_norm(Q.mT @ Q - torch.eye(IN), 2) <= 2e-6
     assert torch.linalg.det(Q) == pytest.approx(1.0, abs=1e-5)
 
 

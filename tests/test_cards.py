@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -23,7 +23,10 @@ from orthoft.merging.methods import METHODS
 from orthoft.merging.reports.card import papers
 from orthoft.merging.reports.front_matter import Scored, front_matter
 from orthoft.merging.spaces import SPACES
-from orthoft.recipes.cards import write_cards
+from orthoft.recipes import subspaces
+from orthoft.recipes.cards import DIRECTIONS, write_cards
+from orthoft.recipes.initialise import Method
+from orthoft.recipes.schema import TrainToMerge
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,7 @@ CITED = {
     **{f"adapter {name}": cited_in(sys.modules[config.__module__]) for name, config in ADAPTERS.items()},
     **{f"method {name}": papers(method.merge) for name, method in METHODS.items()},
     **{f"space {name}": papers(space.encode) for name, space in SPACES.items()},
+    **{f"subspace {name}": cited_in(getattr(subspaces, name)) for name in get_args(Method)},
 }
 
 
@@ -65,6 +69,11 @@ def test_our_adapters_have_papers() -> None:
     assert all(CITED[f"adapter {name}"] for name in ADAPTERS)
     for name in ADAPTERS:
         assert cited_in(READERS[f"ORTHOFT_{name.upper()}"].read)[:1] == CITED[f"adapter {name}"][:1]
+
+
+def test_ways_to_keep_tasks_apart_are_told_and_have_papers() -> None:
+    assert set(DIRECTIONS) == set(get_args(Method))
+    assert [CITED[f"subspace {name}"] for name in DIRECTIONS] == [["2505.22934"], [], ["2312.02432"], ["2505.11235"]]
 
 
 def test_papers_are_told_apart() -> None:
@@ -139,13 +148,14 @@ def test_what_the_hub_reads() -> None:
     assert "base_model" not in here
 
 
-def test_the_cards_of_a_run(models: Path, tmp_path: Path) -> None:
-    """By what a run leaves, here made by hand."""
+def run_of(models: Path, merged: Path, **recipe: Any) -> dict[str, Any]:
+    """What a run of two experts leaves in its results, here made by hand, with a merge."""
     sources = [("a", models / "hra"), ("b", models / "psoft")]
-    report = merge(models / "llama", sources, tmp_path / "merged", method="mean")
+    report = merge(models / "llama", sources, merged, method="mean")
     task = {"kind": "causal-lm", "metric": "loss"}
+    tasks = [task | {"name": name} for name in "ab"]
     results = {
-        "recipe": {"base": str(models / "llama"), "seed": 3, "tasks": [task | {"name": name} for name in "ab"]},
+        "recipe": {"base": str(models / "llama"), "seed": 3, "tasks": tasks} | recipe,
         "versions": {"orthoft": "0"},
         "experts": {
             name: {
@@ -166,7 +176,12 @@ def test_the_cards_of_a_run(models: Path, tmp_path: Path) -> None:
         },
         "merge": report.to_dict(),
     }
-    written = write_cards(json.loads(json.dumps(results)))
+    told: dict[str, Any] = json.loads(json.dumps(results))
+    return told
+
+
+def test_the_cards_of_a_run(models: Path, tmp_path: Path) -> None:
+    written = write_cards(run_of(models, tmp_path / "merged"))
     assert written == [models / "hra" / "README.md", models / "psoft" / "README.md", tmp_path / "merged" / "README.md"]
     expert, merged = written[0].read_text(), written[2].read_text()
     assert front(expert)["model-index"][0]["results"][0]["metrics"] == [{"type": "loss", "value": 1.0}]
@@ -176,3 +191,39 @@ def test_the_cards_of_a_run(models: Path, tmp_path: Path) -> None:
     assert "| gain kept | 50% | 50% | 50% |" in merged
     assert [one["dataset"]["name"] for one in front(merged)["model-index"][0]["results"]] == ["a", "b"]
     assert "AutoModelForCausalLM" in python(merged)
+    assert not any(word in card for card in (expert, merged) for word in ("kept apart", "trained to be merged"))
+
+
+@pytest.mark.parametrize(
+    ("words", "row", "sentence", "papers"),
+    [
+        (
+            {"method": "osrm"},
+            "osrm, frozen, 300 rows of each task",
+            "each reads its inputs through directions along which the other tasks' inputs vary least (osrm, ",
+            ["2505.22934"],
+        ),
+        ({"method": "orthogonal"}, "orthogonal, frozen", "each reads its inputs through directions of", ["2312.02432"]),
+        ({"method": "principal"}, "principal, frozen", "each reads its inputs through", ["2505.11235"]),  # PSOFT's
+        (
+            {"method": "contrastive", "penalty": 3000, "frozen": False, "general": "text.jsonl", "rows": 20},
+            "contrastive, not frozen, ridge 0.1, penalty 3000, 20 rows of each task, general text",
+            "little and was trained under a penalty on what it changes for the other tasks' inputs (contrastive, ",
+            [],
+        ),
+        ({"penalty": 0.5}, "penalty 0.5, 300 rows of each task", "each was trained under a penalty on", []),
+    ],
+    ids=["osrm", "orthogonal", "principal", "contrastive and penalty", "penalty"],
+)
+def test_cards_say_and_cite_what_kept_the_experts_apart(
+    words: dict[str, Any], row: str, sentence: str, papers: list[str], models: Path, tmp_path: Path
+) -> None:
+    wanted = TrainToMerge(**words).model_dump(mode="json")
+    expert, other, merged = (f.read_text() for f in write_cards(run_of(models, tmp_path / "m", train_to_merge=wanted)))
+    assert all(f"| kept apart | {row} |\n" in card for card in (expert, other))
+    assert merged.count("The experts were trained to be merged: ") == 1
+    assert sentence in merged
+    assert f"({row})." in merged
+    for card in (expert, other, merged):
+        assert all(card.count(f"eprint = {{{paper}}}") == 1 for paper in papers)
+    assert merged.endswith("```\n")

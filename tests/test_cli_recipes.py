@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import yaml
 import orthoft.cli.recipes  # noqa: F401  (makes the commands known)
 from orthoft.cli import main
 from orthoft.recipes import RecipeError, run
-from orthoft.recipes.load import read_yaml
+from orthoft.recipes.load import load, read_yaml
 from orthoft.recipes.shipped import json_schema, kind_of
-from orthoft.recipes.task_schema import training_model
+from orthoft.recipes.task_schema import SFT_WORDS, training_model
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
@@ -87,6 +88,19 @@ def test_what_cannot_be_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert outcome("cp", "minilm", tmp_path / "no" / "x.yaml") == 2
     assert capsys.readouterr().err.endswith(f"error: no folder {tmp_path / 'no'} to write x.yaml to\n")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("end", ["/", "//"])
+def test_a_name_that_ends_as_a_folder_is_no_file(end: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = f"{tmp_path / 'no'}{end}"
+    assert outcome("cp", "minilm", place) == 2
+    assert capsys.readouterr().err == f"error: no folder {tmp_path / 'no'} to write minilm.yaml to\n"
+    assert outcome("schema", place, "--overwrite") == 2
+    assert capsys.readouterr().err == f"error: {place} is the name of a folder: a schema is a file, say which in it\n"
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "no").mkdir()
+    assert outcome("cp", "minilm", place) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'no' / 'minilm.yaml'}\n"
 
 
 # validate
@@ -217,6 +231,25 @@ def test_the_schema_takes_what_ships_and_refuses_misspelt_keys(name: str) -> Non
     nameless = [{key: value for key, value in words["tasks"][0].items() if key != "name"}]
     assert judged("recipe", words | {"tasks": nameless}) == ["name is missing"]
     assert judged("recipe", words | {"tasks": "all"}) != []
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_schema_knows_the_words_of_trl(installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words: dict[str, Any] = {"activation_offloading": True, "loss_type": "dft", "router_aux_loss_coef": 0.1}
+    assert words.keys() == {*SFT_WORDS}
+    recipe = recipe_words(tmp_path, defaults={"trainer": "trl", "training": words})
+    if installed:
+        pytest.importorskip("trl")
+        assert load(recipe).tasks[0].training == words
+    else:
+        found = importlib.util.find_spec
+        monkeypatch.setattr("orthoft.recipes.shipped.find_spec", lambda name: None if name == "trl" else found(name))
+    assert judged("recipe", recipe) == []
+    assert judged("recipe", recipe | {"defaults": None, "tasks": [recipe["tasks"][0] | recipe["defaults"]]}) == []
+    wrong = recipe | {"defaults": {"training": {"loss_typ": "dft", "max_steps": 3}}}
+    assert judged("recipe", wrong) == ["loss_typ is unknown"]
+    assert judged("recipe", recipe | {"defaults": {"kind": "classification", "training": words}}) != []
+    assert bool(judged("recipe", recipe | {"defaults": {"training": {"loss_type": 3}}})) is installed
 
 
 def test_the_schema_of_merges() -> None:

@@ -91,7 +91,7 @@ def test_second_moments_are_those_of_adam(folder: Path, capsys: pytest.CaptureFi
     got = load_file(told["files"]["a"])[NAME]
     assert torch.allclose(got, want, rtol=1e-3, atol=1e-5 * want.max().item())
     with safe_open(told["files"]["a"], "pt") as opened:
-        assert opened.metadata() == {"kind": "second_moment", "steps": "3"}
+        assert opened.metadata() == {"kind": "second_moment", "steps": "3", "asked": "5", "only": '["*"]'}
 
 
 @pytest.mark.parametrize(("kind", "method"), [("fisher", "fisher"), ("gram", "regmean"), ("second_moment", "ota")])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from merging_files import linear_weights, load, save_adapter, save_base, save_lora, save_oftv2
+from safetensors.torch import save_file
 from torch import Tensor
 
 from orthoft.delta import LowRank
@@ -98,7 +99,7 @@ def test_chance_is_that_of_the_inputs() -> None:
     random = torch.Generator().manual_seed(0)
     deltas = [LowRank(*(torch.randn(size, generator=random) for size in ((8, 4), (4, 40)))) for _ in range(2)]
     told = diagnose(deltas, [1.0, 1.0], None, None, random)
-    assert findings(["a", "b"], [((8, 40), told)], False, [], False).chance == pytest.approx(4 / 40)
+    assert findings(["a", "b"], [((8, 40), told)], False, [], []).chance == pytest.approx(4 / 40)
 
 
 def test_tasks_in_the_same_directions_are_decorrelated(base: Path, tmp_path: Path) -> None:
@@ -176,7 +177,7 @@ def found(**changes: object) -> Findings:
         "dense": (),
         "turning": False,
         "defect": None,
-        "bfloat16": False,
+        "rounding": None,
     }
     return Findings(**{**plain, **changes})  # type: ignore[arg-type]
 
@@ -196,10 +197,28 @@ def test_rules_hold_on_both_sides_of_their_bounds() -> None:
     assert [one.method for one in advise(found(overlap=0.26))] == ["tsv"]
     assert [one.method for one in advise(found(cross_talk=2e-3))] == ["task_arithmetic"]
     assert "is 9.0e-04, below 0.001" in advise(found(cross_talk=9e-4))[0].why
-    faint = advise(found(bfloat16=True, relative=0.005))[-1].why
+    faint = advise(found(rounding=0.339, relative=0.005))[-1].why
     assert "the changes are 0.50% of the weights" in faint
     assert "about 34% of them: write float32 or a LoRA" in faint
-    assert len(advise(found(bfloat16=False, relative=0.009))) == len(advise(found(bfloat16=True, relative=0.02))) == 1
+    assert len(advise(found(rounding=None, relative=0.009))) == len(advise(found(rounding=0.14))) == 1
+
+
+@pytest.mark.parametrize("share", [0.02, 0.003, 0.001])
+def test_what_bfloat16_takes_is_measured(share: float, tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    stored = {f"{name}.weight": (0.02 * torch.randn(64, 96, generator=random)).bfloat16() for name in "xy"}
+    changes = {name: share * 0.02 * torch.randn(64, 96, generator=random) for name in stored}
+    small = {name: tensor.float() + 0.5 * changes[name] for name, tensor in stored.items()}
+    large = {name: tensor.float() + changes[name] for name, tensor in stored.items()}
+    for folder, tensors in (("base", stored), ("small", small), ("large", large)):
+        (tmp_path / folder).mkdir()
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    lost = sum(float((large[name].bfloat16().float() - large[name]).norm() ** 2) for name in stored) ** 0.5
+    expected = lost / sum(float(change.norm() ** 2) for change in changes.values()) ** 0.5
+    said = [one.why for one in inspect_sources(tmp_path / "base", [tmp_path / "small", tmp_path / "large"]).advice]
+    told = [why for why in said if "rounding to bfloat16" in why]
+    assert len(told) == (expected > 0.15)
+    assert all(f"adds an error of about {expected:.0%} of them" in why for why in told)
 
 
 def test_reports_are_told_as_text_json_and_a_page(base: Path, tmp_path: Path) -> None:
@@ -275,7 +294,8 @@ RATES = Rates(matmul=1e10, svd=1e9, copy=1e9, method={160: 1e-3, 512: 1e-2})
 
 def job(space: str, n: int = 1024, tasks: int = 8, rank: int | None = 16, rowwise: bool = False) -> Job:
     result = None if rank is None or space == "full" else tasks * rank
-    return Job("w", (n, n), (rank,) * tasks, tasks, space, result, 2, rowwise, "checkpoint", 2 * n * n)
+    sizes = (2 if rank is None else 4,) * tasks
+    return Job("w", (n, n), (rank,) * tasks, tasks, space, result, 2, rowwise, "checkpoint", 2 * n * n, sizes, (3, 2))
 
 
 def test_bytes_are_those_of_the_files() -> None:

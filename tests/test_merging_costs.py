@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from merging_files import linear_weights, load, save_lora, save_oftv2, save_pair, tensors_of
+from safetensors.torch import load_file, save_file
+from torch.profiler import ProfilerActivity, profile
 
 from orthoft.cli.merge import planned
-from orthoft.merging import merge
+from orthoft.merging import merge, plan
+from orthoft.merging.methods import METHODS, get_method
 from orthoft.merging.prepared import prepare
 from orthoft.merging.reports import estimate
-from orthoft.merging.reports.estimate import Rates, estimates, plan_rows, total
+from orthoft.merging.reports.estimate import Job, Rates, estimates, plan_rows, total
 from orthoft.merging.sources.adapter_file import AdapterFile
 
 RATES = Rates(matmul=1e10, svd=1e9, copy=1e9, method={160: 1e-3, 512: 1e-2})
@@ -71,6 +76,50 @@ def test_weights_that_an_output_leaves_out_cost_nothing(made: Path, tmp_path: Pa
     left = costs["embeddings.word_embeddings.weight"]
     assert (left.bytes_read, left.bytes_written, left.seconds) == (0, 0, 0)
     assert sum(cost.bytes_read > 0 for cost in costs.values()) == 2
+
+
+@pytest.mark.parametrize(("stored", "tuned"), [("bfloat16", "float32"), ("float32", "float16"), ("float32", "float32")])
+def test_what_is_said_to_be_read_is_what_the_files_hold(stored: str, tuned: str, tmp_path: Path) -> None:
+    sizes = {"x.weight": (24, 16), "y.weight": (16, 8), "y.bias": (16,)}
+    for folder, dtype in (("base", stored), ("a", tuned), ("b", tuned)):
+        (tmp_path / folder).mkdir()
+        tensors = {name: torch.ones(size, dtype=getattr(torch, dtype)) for name, size in sizes.items()}
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    ready = prepare(tmp_path / "base", [tmp_path / "a", tmp_path / "b"], tmp_path / "out", method="ties")
+    costs = estimates(ready.todo, ready.writer, RATES)
+    held = {name: [tensors_of(tmp_path / folder)[name].nbytes for folder in ("base", "a", "b")] for name in sizes}
+    assert {name: cost.bytes_read for name, cost in costs.items()} == {name: sum(each) for name, each in held.items()}
+    assert total(ready.todo, costs, ready.writer).bytes_read == sum(map(sum, held.values()))
+
+
+def test_factors_are_read_as_they_are_stored(made: Path, tmp_path: Path) -> None:
+    halved = tmp_path / "a"
+    shutil.copytree(made / "a", halved)
+    file = halved / "adapter_model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    whole, half = (
+        sum(cost.bytes_read for cost in estimates(plan(made / "base", [source], method="mean"), None, RATES).values())
+        for source in (made / "a", halved)
+    )
+    assert whole - half == sum(tensor.nbytes for tensor in load_file(file).values())
+
+
+@pytest.mark.parametrize("tasks", [2, 3])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.held != (3, 2)])
+def test_a_method_holds_what_it_says(name: str, tasks: int) -> None:
+    method, size = get_method(name), 448
+    x, weights = torch.randn(tasks, size, size, generator=torch.Generator().manual_seed(0)), torch.ones(tasks)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        method.merge(x, weights, **method.bind({}))
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = [0, *accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))]
+    each, besides = method.held
+    said = x.element_size() * size**2 * (each * tasks + besides)
+    assert 0.7 * said < x.nbytes + max(alive) < 1.15 * said
+    job = Job(
+        "w", (size, size), (None,) * tasks, tasks, "full", None, 4, False, "checkpoint", 0, (4,) * tasks, method.held
+    )
+    assert estimate.estimate(job, RATES).memory >= x.nbytes + max(alive)
 
 
 @pytest.mark.parametrize(

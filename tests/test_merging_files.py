@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from merging_files import MODELS
 from safetensors.torch import save_file
 
 import orthoft.merging
+from orthoft.merging import plan
 from orthoft.merging.files.hub import find_folder
 from orthoft.merging.files.tensors import TensorFolder, as_matrix, matrix_shape
 
@@ -70,6 +72,23 @@ def test_a_broken_index_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
         TensorFolder(tmp_path)
+
+
+@pytest.mark.parametrize("first", ["whole", "in shards"])
+def test_of_a_model_saved_twice_what_transformers_loads_is_read(first: str, tmp_path: Path) -> None:
+    model, words = MODELS["llama"](), {"whole": {}, "in shards": {"max_shard_size": "20KB"}}
+    model.save_pretrained(tmp_path / "a", **words.pop(first))
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    model.save_pretrained(tmp_path / "a", **words.popitem()[1])
+    found, wanted = TensorFolder(tmp_path / "a"), type(model).from_pretrained(tmp_path / "a").state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    todo = plan(tmp_path / "a", [tmp_path / "a"], method="mean")
+    both = f"{tmp_path / 'a'} holds model.safetensors and model.safetensors.index.json"
+    assert set(todo.notes) == {f"{both}: the first is read, as by transformers"}
+    (tmp_path / "a" / "model.safetensors.index.json").write_text("{")
+    assert TensorFolder(tmp_path / "a").keys() == wanted.keys()
 
 
 def test_other_formats_are_pointed_out(tmp_path: Path) -> None:

@@ -341,6 +341,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "use_dora": True,
         "lora_bias": True,
         "init_lora_weights": True,
+        "target_parameters": [],
     },
     "VERA": {"r": 2, "projection_prng_key": 0, "save_projection": False, "fan_in_fan_out": False},
     "BOFT": {"boft_block_size": 2, "boft_block_num": 0, "boft_n_butterfly_factor": 1},

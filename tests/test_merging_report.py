@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from orthoft.delta import Delta, Dense, LowRank, Rotated
 from orthoft.linalg import rotation_update
-from orthoft.merging import MergeReport, WeightReport
+from orthoft.merging import MergeReport, WeightReport, merge
 from orthoft.merging.reports.diagnostics import WeightDiagnostics, combined, diagnose
 from orthoft.merging.reports.measures import leading, sample_rows
 from orthoft.merging.reports.pictures import curves, grid, heat_map, number
@@ -140,6 +141,36 @@ def test_rounding_error_is_that_of_storing_base_and_delta(dtype: torch.dtype) ->
     assert told.merged is not None
     expected = torch.linalg.norm(exact.to(dtype).double() - exact) / torch.linalg.norm(merged.double())
     assert told.merged.rounding_error == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "words",
+    [
+        {},
+        *({"dtype": dtype} for dtype in ("float32", "bfloat16", "float16")),
+        *({"output": kind, "rank": rank} for kind, rank in (("lora", 4), ("delta", None))),
+        {"rescale": "model", "dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_rounding_error_is_that_of_what_is_written(words: dict[str, Any], stored: torch.dtype, tmp_path: Path) -> None:
+    weight = normal(M, N, seed=3).to(stored)
+    for folder, tensor in (("base", weight), ("tuned", weight.float() + 0.01 * normal(M, N, seed=4))):
+        (tmp_path / folder).mkdir()
+        save_file({"x.weight": tensor}, tmp_path / folder / "model.safetensors")
+    told = merge(tmp_path / "base", [tmp_path / "tuned"], tmp_path / "out", method="mean", progress=False, **words)
+    assert told.totals is not None
+    assert told.totals.merged is not None
+    found = told.totals.merged.rounding_error
+    if "output" in words:
+        assert found is None
+        assert ("rounding error", "not measured") in told.page().facts
+        return
+    exact = load_file(tmp_path / "tuned" / "model.safetensors")["x.weight"].double()
+    written = load_file(tmp_path / "out" / "model.safetensors")["x.weight"].double()
+    expected = float((written - exact).norm() / (exact - weight.double()).norm())
+    assert found == pytest.approx(expected, rel=0.02, abs=1e-6)
 
 
 def test_samples_of_a_large_weight_are_near_the_whole() -> None:

@@ -172,7 +172,7 @@ def test_a_reader_reads_only_the_tensors_of_its_weight(bases: dict[str, Path], t
 
 
 REFUSED = [
-    ({"target_parameters": ["w"]}, "it uses target_parameters, which no change of its weights can represent"),
+    ({"use_bdlora": {"x": 1}, "kasa_config": {"y": 1}}, "it uses use_bdlora, kasa_config, which is not read: load it"),
     ({"init_lora_weights": "pissa_niter_4"}, "it uses init_lora_weights='pissa_niter_4', which no change of its"),
     (
         {"init_lora_weights": "olora"},
@@ -181,10 +181,10 @@ REFUSED = [
     ({"init_lora_weights": "loftq"}, "it uses init_lora_weights='loftq', which no change"),
     ({"layer_replication": [[0, 2]], "use_qalora": True}, "it uses use_qalora, layer_replication, which no change"),
     ({"trainable_token_indices": [1]}, "'trainable_token_indices' in its configuration and in its tensors disagree"),
-    ({"peft_type": "LOHA"}, "unknown peft_type 'LOHA'"),
-    ({"peft_type": "LOKR"}, "unknown peft_type 'LOKR'"),
+    ({"peft_type": "LOHA"}, "its peft_type 'LOHA' is not read: load it in PEFT, merge_and_unload(), save_pretrained"),
+    ({"peft_type": "P_TUNING"}, "its peft_type 'P_TUNING' is a prompt, which no change of the weights can represent"),
     (
-        {"peft_type": "IA3"},
+        {"peft_type": "NOBODY"},
         "Choose from: BOFT, HRA, LORA, OFT, ORTHOFT_GOFT, ORTHOFT_HRA, ORTHOFT_OFTV2, ORTHOFT_PSOFT, ",
     ),
     ({"peft_type": "ORTHOFT_HRB"}, "unknown peft_type 'ORTHOFT_HRB', did you mean 'ORTHOFT_HRA'? Choose from: BOFT,"),

@@ -16,7 +16,7 @@ from orthoft.delta import Dense, LowRank
 from orthoft.merging.files.safetensors_file import content_hash
 from orthoft.merging.files.streaming import IN_FLIGHT, PIECE, Piece, pieces_of, stream
 from orthoft.merging.files.tensors import DTYPES, TensorFolder
-from orthoft.merging.files.writer import SafetensorsFile, new_folder, parse_size, sharded, write_index
+from orthoft.merging.files.writer import SafetensorsFile, new_folder, parse_size, put_in_place, sharded, write_index
 from orthoft.merging.outputs.checkpoint import add_rounded
 
 
@@ -136,6 +136,14 @@ def test_a_failed_rename_brings_the_old_folder_back(tmp_path: Path, monkeypatch:
         pass
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(out) == ["old"]
+
+
+@pytest.mark.parametrize("name", ["out", "out[1]"])
+def test_what_a_killed_replacement_left_goes_with_the_next(name: str, tmp_path: Path) -> None:
+    for folder in (f".{name}.old-1234", f".{name}2.old-1234", "new", name):
+        (tmp_path / folder).mkdir()
+    put_in_place(tmp_path / "new", tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == sorted([f".{name}2.old-1234", name])  # of another output
 
 
 def test_the_hash_of_a_file_is_of_all_its_bytes(tmp_path: Path) -> None:

@@ -557,7 +557,7 @@ def broken_off_at(count: int, words: Words, monkeypatch: pytest.MonkeyPatch) -> 
         return load_model(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("orthoft.recipes.pipeline.load_model", load)
+        patch.setattr("orthoft.recipes.evaluation.load_model", load)
         with pytest.raises(Broken):
             run(words, keep_experts=True)
 

@@ -157,8 +157,8 @@ def test_the_best_is_no_worse_than_the_recipe_and_any_default(found: Words) -> N
 
 def test_the_scores_are_those_of_the_model_that_is_written(found: Words, words: Words, tmp_path: Path) -> None:
     """What ``merge.yaml`` writes, loaded by transformers alone, has the accuracies that the search tells of it."""
+    from orthoft.recipes.expert import read_experts
     from orthoft.recipes.models import load_model
-    from orthoft.recipes.search_setup import read_experts
 
     job = Path(words["output"]) / "search" / "merge.yaml"
     merge(**load_job(job, [f"output={tmp_path / 'merged'}"]).arguments(), progress=False)
@@ -301,11 +301,14 @@ def test_other_objectives(objective: Any, copied: Words) -> None:
 
 def test_what_cannot_be_tried_is_a_note_or_an_error(copied: Words) -> None:
     result = search(copied, trials=1, spaces=["core"])
-    assert any(note.startswith("fisher is left out: it needs statistics") for note in result["notes"])
+    assert any(
+        note.startswith("fisher is left out: it needs fisher statistics of each task: `orthoft statistics")
+        for note in result["notes"]
+    )
     for words, message in (
         ({"methods": ["tiess"]}, "unknown merge method 'tiess', did you mean 'ties'?"),
         ({"spaces": ["cor"]}, "unknown space 'cor', did you mean 'core'?"),
-        ({"methods": ["regmean"]}, "regmean cannot be tried here: it needs statistics of each task"),
+        ({"methods": ["regmean"]}, "regmean cannot be tried here: it needs gram statistics of each task"),
         ({"trials": 0}, "trials is a number above 0, got 0"),
     ):
         with pytest.raises(ValueError, match=message.replace("?", r"\?")) as error:

@@ -299,7 +299,7 @@ def test_a_quantised_base_is_trained_and_scored_as_the_merge_is_which_is_whole(
         return model
 
     with monkeypatch.context() as patch:
-        patch.setattr("orthoft.recipes.pipeline.load_model", watched)
+        patch.setattr("orthoft.recipes.evaluation.load_model", watched)
         results = run(words | {"quantization": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}})
     assert loaded == [True] * 4  # base, expert, merge, merged LoRA
     plain = run(words | {"output": str(tmp_path / "plain"), "tasks": words["tasks"]})
@@ -455,7 +455,7 @@ def test_one_model_at_a_time(models: Path, tmp_path: Path, monkeypatch: pytest.M
         count()
         return {}
 
-    for module in ("finetune", "pipeline"):
+    for module in ("finetune", "evaluation"):
         monkeypatch.setattr(f"orthoft.recipes.{module}.load_model", watched)
     monkeypatch.setattr("orthoft.recipes.pipeline.run_harness", scored)
     gc.collect()
@@ -477,7 +477,7 @@ def test_too_little_memory_to_evaluate_is_one_line(
     def full(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    place = "orthoft.recipes.pipeline.load_model" if at == "load_model" else "orthoft.recipes.kinds.probed.Probed.score"
-    monkeypatch.setattr(place, full)
+    place = "evaluation.load_model" if at == "load_model" else "kinds.probed.Probed.score"
+    monkeypatch.setattr(f"orthoft.recipes.{place}", full)
     with pytest.raises(MemoryError, match=rf"^{row}: CUDA out of memory; lower "):
         run(words)

@@ -24,6 +24,8 @@ STATE = ("optimizer*", "scheduler.*", "rng_state*", "training_args.*")  # of a t
 class TensorFolder(Mapping[str, Tensor]):
     """A read-only mapping from names to tensors over one safetensors file, or the shards that an index names.
 
+    Where a folder has both, the file is read, as by transformers, which ``notes`` tell.
+
     Only headers are read at first, and checked; ``folder[name]`` reads one tensor, ``rows`` a part of one. ``stem`` is
     "model" or "adapter_model". Links are followed, as the cache of the Hub consists of them. Files are read and not
     mapped: the pages of a mapping count as memory of the process for as long as the system has room for them.
@@ -39,8 +41,10 @@ class TensorFolder(Mapping[str, Tensor]):
         index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
         if not index.is_file() and not single.is_file():
             raise FileNotFoundError(f"no {single.name} and no {index.name} in {folder}{_other_weights(folder)}")
-        shard_of = _read_index(index) if index.is_file() else {}
-        shards = list(dict.fromkeys(shard_of.values())) or [single.name] * single.is_file()
+        shard_of = {} if single.is_file() else _read_index(index)
+        shards = [single.name] if single.is_file() else list(dict.fromkeys(shard_of.values()))
+        both = f"{folder} holds {single.name} and {index.name}: the first is read, as by transformers"
+        self.notes = [both] if single.is_file() and index.is_file() else []
         headers = {shard: read_header(folder / shard) for shard in shards}
         for name, shard in shard_of.items():
             if name not in headers[shard]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from glob import escape
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -185,8 +186,8 @@ def _replace(new: Path, out: Path) -> None:
         if old is not None:
             old.rename(out)
         raise
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+    for left in out.parent.glob(f".{escape(out.name)}.old-*"):  # its own, and those of processes that were killed here
+        shutil.rmtree(left, ignore_errors=True)
     _sync_folder(out.parent)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,19 +11,18 @@ from orthoft.delta import Delta, Dense, LowRank
 from orthoft.merging.formats.fields import COUNT, COUNTS, FLAG, NUMBER, NUMBERS, Field, needed
 from orthoft.merging.formats.registry import Config, Extent, Shapes, Tensors, by_pattern, reader
 
-REFUSED = (
-    "target_parameters",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "kasa_config",
-    "arrow_config",
-    "monteclora_config",
-    "layer_replication",
-)
+REFUSED = ("alora_invocation_tokens", "use_qalora", "arrow_config", "layer_replication")
+UNREAD = ("use_bdlora", "kasa_config", "monteclora_config")
 # These change the base weights at the start, so that the factors alone are not the change of the base.
 CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
+
+
+def _are_names(value: Any) -> bool:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        return False
+    return len({name.rpartition(".")[2] for name in value}) <= 100  # each is looked for in each module
+
 
 FIELDS = {
     "r": needed(COUNT),
@@ -32,6 +33,7 @@ FIELDS = {
     "use_dora": FLAG,
     "lora_bias": FLAG,
     "fan_in_fan_out": FLAG,
+    "target_parameters": Field("a list of names, of at most 100 parameters", _are_names),
     "init_lora_weights": Field("true, false or a word", lambda value: isinstance(value, bool | str)),
 }
 NAMES = frozenset(
@@ -93,6 +95,7 @@ def same_when_tied(head: Tensors, embedding: Tensors) -> bool:
     extent=_extent,
     refusals=_refusals,
     advice=_advice,
+    unread=lambda config: [field for field in UNREAD if config.get(field)],
     fields=FIELDS,
     names=NAMES,
     bias="lora_B.bias",

@@ -46,7 +46,7 @@ class Extent:
 @dataclass(frozen=True)
 class Reader:
     """A format: the common beginning of its parameter names, what it says of a weight, its delta, what it
-    refuses and what to do then.
+    refuses and what to do then, what is ``unread`` but could be merged by PEFT.
 
     ``fields`` are what it uses of the configuration, ``names`` the tensors it knows of a module (None if any).
     ``shared`` names tensors of the file that belong to all modules, and ``restore`` makes them if they are not saved,
@@ -62,6 +62,7 @@ class Reader:
     extent: Callable[[Config, Shapes], Extent]
     refusals: Callable[[Config], list[str]] = lambda config: []
     advice: Callable[[Config], str] = lambda config: ""
+    unread: Callable[[Config], list[str]] = lambda config: []
     fields: Mapping[str, Field] = field(default_factory=dict)
     names: Collection[str] | None = None
     shared: Mapping[str, str] = field(default_factory=dict)  # {name in the file: name among the module's tensors}
@@ -73,6 +74,15 @@ class Reader:
 
 
 READERS: dict[str, Reader] = {}
+MERGE_FIRST = "load it in PEFT, merge_and_unload(), save_pretrained(), and merge that checkpoint"
+# What PEFT can merge into the weights of a model, and what only adds tokens to its input.
+MERGED_BY_PEFT = frozenset(
+    [
+        *("ADALORA", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS"),
+        *("RANDLORA", "ROAD", "SHIRA", "UNILORA", "VBLORA", "WAVEFT"),
+    ]
+)
+PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 
 
 def reader(
@@ -94,6 +104,10 @@ def get_reader(config: Config) -> Reader:
         ValueError: the format is unknown, uses what cannot be merged, or has a field of a wrong type.
     """
     peft_type = config.get("peft_type")
+    if isinstance(peft_type, str) and peft_type in MERGED_BY_PEFT:
+        raise ValueError(f"its peft_type {peft_type!r} is not read: {MERGE_FIRST}")
+    if isinstance(peft_type, str) and peft_type in PROMPTS:
+        raise ValueError(f"its peft_type {peft_type!r} is a prompt, which no change of the weights can represent")
     if not isinstance(peft_type, str) or peft_type not in READERS:
         told = peft_type[:60] if isinstance(peft_type, str) else shortened(peft_type)
         raise unknown("peft_type", told, sorted(READERS))
@@ -102,6 +116,8 @@ def get_reader(config: Config) -> Reader:
         raise ValueError(
             f"it uses {', '.join(refused)}, which no change of its weights can represent{found.advice(config)}"
         )
+    if unread := found.unread(config):
+        raise ValueError(f"it uses {', '.join(unread)}, which is not read: {MERGE_FIRST}")
     check_fields(config, found.fields)
     return found
 

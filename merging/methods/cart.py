@@ -12,7 +12,10 @@ from orthoft.merging.spectra import RANGE, Range, joint_rank, largest_norm, svd
 
 
 @method(
-    "cart", commutes=lambda params: params["range"] == "numerical", entries=lambda params: params["range"] == "full"
+    "cart",
+    commutes=lambda params: params["range"] == "numerical",
+    entries=lambda params: params["range"] == "full",
+    held=(3, 9),
 )
 def cart(
     x: Tensor, weights: Tensor, *, rank_fraction: float = 0.04, scaling: float = 0.1, range: Range = "numerical"

@@ -9,7 +9,10 @@ from orthoft.merging.spectra import Range, isotropised
 
 
 @method(
-    "iso_c", commutes=lambda params: params["range"] == "numerical", entries=lambda params: params["range"] == "full"
+    "iso_c",
+    commutes=lambda params: params["range"] == "numerical",
+    entries=lambda params: params["range"] == "full",
+    held=(1, 11),
 )
 def iso_c(x: Tensor, weights: Tensor, *, range: Range = "numerical") -> Tensor:
     """Return ``mean(s) U V^T`` of the sum ``sum_t w_t x_t = U diag(s) V^T``, on its numerical range.

@@ -11,7 +11,10 @@ from orthoft.merging.spectra import RANGE, Range, Triplets, largest_norm, partic
 
 
 @method(
-    "iso_cts", commutes=lambda params: params["range"] == "numerical", entries=lambda params: params["range"] == "full"
+    "iso_cts",
+    commutes=lambda params: params["range"] == "numerical",
+    entries=lambda params: params["range"] == "full",
+    held=(1, 15),
 )
 def iso_cts(x: Tensor, weights: Tensor, *, common_fraction: float = 0.8, range: Range = "numerical") -> Tensor:
     """Return ``mean(s) polar(U) polar(V)^T`` of the common triplets ``U_c, s_c, V_c`` and those specific to each task.

@@ -14,7 +14,7 @@ def mean_task_norm(merged: float, tasks: list[float]) -> float:
     return sum(tasks) / len(tasks) / merged if merged > 0 else 1.0
 
 
-@method("opcm", commutes=True, finish=mean_task_norm)
+@method("opcm", commutes=True, finish=mean_task_norm, held=(1, 11))
 def opcm(x: Tensor, weights: Tensor, *, alpha: float = 0.5) -> Tensor:
     """Return ``S_T``, the sum of the tasks ``D_t = w_t x_t``, each cleaned of what it shares with the sum before it.
 

@@ -11,7 +11,7 @@ from orthoft.merging.methods.registry import method, weighted
 SLICE = 1 << 14  # entries of each task whose T x T comparisons are in memory at a time
 
 
-@method("pcb")
+@method("pcb", held=(6, 3))
 def pcb(x: Tensor, weights: Tensor, *, density: float = 0.1, clip: float = 0.01) -> Tensor:
     """Return the mean of the tasks, each entry weighted by its score among the best of its task.
 

@@ -42,6 +42,8 @@ class Method:
         prepare: ``(x_t (p, q), **params) -> Tensor``, what a row-wise method has to know of each whole task.
         coefficients: weights (T,) -> ``c`` (T,) of a linear method, ``sum_t c_t x_t``: of factors it is the factors
             side by side, in any coordinates.
+        held: (a, b), of ``a T + b`` numbers that are in memory for each entry of the weight at the worst moment of a
+            merge that does not go through slices, ``x`` among them: what a dry run says.
         finish: a scale of the whole merged model, (||merged||, [||w_t D_t||]) -> scale, from Frobenius norms over all
             weights together. The engine multiplies each merged weight by it after the last one is known.
     """
@@ -55,6 +57,7 @@ class Method:
     prepare: Prepare | None
     coefficients: Callable[[Tensor], Tensor] | None
     finish: Finish | None
+    held: tuple[int, int] = (3, 2)
 
     def bind(self, given: Params) -> dict[str, Any]:
         """Return all parameters of the method, the defaults filled in; see `Parameters.bind`."""
@@ -83,13 +86,14 @@ def method(
     prepare: Prepare | None = None,
     coefficients: Callable[[Tensor], Tensor] | None = None,
     finish: Finish | None = None,
+    held: tuple[int, int] = (3, 2),
 ) -> Callable[[Merge], Merge]:
     """Register a pure function as the merge method of this name; see `Method`."""
 
     def register(merge: Merge) -> Merge:
         parameters = Parameters(f"method {name!r}", merge)
         METHODS[name] = Method(
-            name, merge, parameters, _of(commutes), _of(entries), rowwise, prepare, coefficients, finish
+            name, merge, parameters, _of(commutes), _of(entries), rowwise, prepare, coefficients, finish, held
         )
         return merge
 

@@ -12,7 +12,7 @@ from orthoft.merging.methods.entrywise import elected, kth_magnitude, require_de
 from orthoft.merging.methods.registry import method, weighted
 
 
-@method("sce")
+@method("sce", held=(3, 3))
 def sce(x: Tensor, weights: Tensor, *, density: float = 1.0) -> Tensor:
     """Return the mean of the tasks over those that agree with the elected sign, weighted by their mean squares.
 
@@ -38,6 +38,8 @@ def sce(x: Tensor, weights: Tensor, *, density: float = 1.0) -> Tensor:
 
 def selected(y: Tensor, density: float) -> Tensor:
     """Return where the variance over the tasks is among the largest: (p, q), boolean."""
+    if not y.numel():  # of which torch has no variance, and says so
+        return torch.zeros(y.shape[1:], dtype=torch.bool, device=y.device)
     variance = y.var(0, correction=0)
     varying = int(torch.count_nonzero(variance))
     return variance >= kth_magnitude(variance, max(1, int(density * varying)))

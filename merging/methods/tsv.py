@@ -8,7 +8,12 @@ from orthoft.merging.methods.registry import method, weighted
 from orthoft.merging.spectra import Range, participants, svd, whitened_product
 
 
-@method("tsv", commutes=lambda params: params["range"] == "numerical", entries=lambda params: params["range"] == "full")
+@method(
+    "tsv",
+    commutes=lambda params: params["range"] == "numerical",
+    entries=lambda params: params["range"] == "full",
+    held=(5, 8),
+)
 def tsv(x: Tensor, weights: Tensor, *, range: Range = "numerical") -> Tensor:
     """Return ``polar([U_1 ... U_T]) diag(s_1 ... s_T) polar([V_1 ... V_T])^T`` from the leading triplets of each task.
 

@@ -9,7 +9,7 @@ from orthoft.merging.methods.registry import method, weighted
 from orthoft.merging.spectra import RANGE, changing
 
 
-@method("wudi", commutes=True)
+@method("wudi", commutes=True, held=(3, 14))
 def wudi(x: Tensor, weights: Tensor) -> Tensor:
     """Return the X of least norm that minimises ``sum_t ||(X - D_t) D_t^T||^2 / ||D_t||^2`` with ``D_t = w_t x_t``.
 

@@ -64,6 +64,9 @@ class CheckpointOutput(Output):
             stream(pieces, work, write, max(IN_FLIGHT, FLOAT32 * largest))
         return out.digest
 
+    def rounded_to(self, name: str) -> torch.dtype:
+        return self._dtype(name)
+
     def weight_bytes(self, name: str) -> int:
         return self._dtype(name).itemsize * prod(self.plan.base.shape(name))
 

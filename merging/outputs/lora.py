@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,18 @@ import torch
 from orthoft.delta import Delta, LowRank
 from orthoft.merging.files.safetensors_file import SafetensorsFile
 from orthoft.merging.files.writer import write_json
-from orthoft.merging.outputs.modules import module_names
+from orthoft.merging.outputs.modules import adapted, module_names
 from orthoft.merging.outputs.registry import DeltaOf, Options, Output, output, rounded
 from orthoft.merging.plan import MergePlan
 from orthoft.merging.reports.report import MergeReport, WeightReport
 from orthoft.merging.sources.names import EMBEDDING
+from orthoft.merging.sources.orientation import EXPERTS
+from orthoft.merging.sources.renames import module_kinds
+
+# Embeddings that are not named like the embedding of tokens: of T5 and MPNet, of detectors, of MaskFormer and others.
+MORE_EMBEDDINGS = re.compile(r"relative_attention_bias|query_embed|queries_embedder|queries_features")
+# What PEFT takes for a router or a part of an expert of a mixture, wherever in the model a module has such a name.
+EXPERT_PARTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 @output("lora")
@@ -24,8 +32,8 @@ class LoraOutput(Output):
 
     Without an adapter among them, as transformers names the modules of the base once it is loaded.
 
-    Holds 2-D weights of linear layers; vectors, convolutions, embeddings and what loading fuses or splits are listed in
-    the report as not carried.
+    Holds 2-D weights of linear layers, and of routers, which are parameters to PEFT (``target_parameters``); vectors,
+    convolutions, embeddings and what loading fuses or splits are listed in the report as not carried.
     """
 
     def __init__(self, plan: MergePlan, options: Options) -> None:
@@ -33,7 +41,8 @@ class LoraOutput(Output):
         rank = options.rank
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise ValueError(f"rank is a positive number, got {rank!r}")
-        self._modules = module_names(plan, [name for name, item in plan.merged.items() if _is_linear(name, item.shape)])
+        linear, self._parameters = _places(plan)
+        self._modules = module_names(plan, linear, as_loaded=self._parameters)
         self.names = list(self._modules)
         if not self.names:
             raise ValueError("output='lora' needs a linear weight to change, and the sources change none")
@@ -64,7 +73,7 @@ class LoraOutput(Output):
         modules = self._modules
         keys = [f"base_model.model.{module}.lora_{factor}.weight" for module in modules.values() for factor in "AB"]
         ranks: dict[str, int] = {}
-        flipped = {name: self.plan.merged[name].inputs_first for name in self.names}
+        flipped = {name: self.plan.merged[name].inputs_first and name not in self._parameters for name in self.names}
         with SafetensorsFile(folder / "adapter_model.safetensors", keys) as file:
             for name, module in modules.items():
                 delta = delta_of(name)
@@ -77,6 +86,7 @@ class LoraOutput(Output):
         tasks = {source.config["task_type"] for source in self.plan.sources if source.config.get("task_type")}
         config = lora_config(
             ranks,
+            parameters={modules[name] for name in self._parameters if name in modules},
             base_model_name_or_path=self.options.base,
             task_type=tasks.pop() if len(tasks) == 1 else None,
             fan_in_fan_out=any(flipped.values()),
@@ -90,12 +100,14 @@ class LoraOutput(Output):
         report.not_carried |= {"output": left} if left else {}
 
 
-def lora_config(ranks: Mapping[str, int], **fields: Any) -> dict[str, Any]:
+def lora_config(ranks: Mapping[str, int], *, parameters: Collection[str] = (), **fields: Any) -> dict[str, Any]:
     """Return the adapter_config.json of LoRAs of scale 1: one rank, or one per module by its full name, longest first.
 
-    ``fields`` are added to it.
+    The weights of the modules ``parameters`` are targeted as parameters. ``fields`` are added to it.
     """
     rank = max(ranks.values())
+    weights = [f"{module}.weight" for module in ranks if module in parameters]
+    ranks = {f"{module}.weight" if module in parameters else module: own for module, own in ranks.items()}
     pattern = {} if len(set(ranks.values())) == 1 else {m: ranks[m] for m in sorted(ranks, key=len, reverse=True)}
     return {
         "peft_type": "LORA",
@@ -105,11 +117,31 @@ def lora_config(ranks: Mapping[str, int], **fields: Any) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
-        "target_modules": list(ranks),
+        "target_modules": [name for name in ranks if name not in weights],
+        **({"target_parameters": weights} if weights else {}),
         "bias": "none",
         **fields,
     }
 
 
-def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
-    return name.endswith(".weight") and len(shape) == 2 and not EMBEDDING.fullmatch(name.split(".")[-2])
+def _places(plan: MergePlan) -> tuple[list[str], set[str]]:
+    """Return the weights that a LoRA can hold, and those of them that PEFT can only reach as parameters.
+
+    The class of a module tells, where transformers knows the model. It is not asked if all that is merged belongs to
+    adapters of a model without experts: loading transformers takes longer than such a merge.
+    """
+    flat = [name for name, item in plan.merged.items() if name.endswith(".weight") and len(item.shape) == 2]
+    mixture = any(EXPERTS.fullmatch(name) for name in plan.base)
+    kinds = module_kinds(plan.base) if mixture or not adapted(plan).issuperset(flat) else {}
+    linear = [name for name in flat if kinds.get(name, _kind_by_name(name)) != "embedding"]
+    parts = {name for name in linear if mixture and _module(name) in EXPERT_PARTS}
+    return linear, {name for name in linear if kinds.get(name) == "other" or (name in kinds and name in parts)}
+
+
+def _kind_by_name(name: str) -> str:
+    module = _module(name)
+    return "embedding" if EMBEDDING.fullmatch(module) or MORE_EMBEDDINGS.fullmatch(module) else "linear"
+
+
+def _module(name: str) -> str:
+    return name.split(".")[-2]

@@ -72,6 +72,10 @@ class Output(ABC):
         ``report`` lists what was merged, and the output adds what it does not carry.
         """
 
+    def rounded_to(self, name: str) -> torch.dtype | None:
+        """Return the dtype in which it stores base + delta of a merged weight, None if it holds no such sum."""
+        return None
+
     @property
     def waiting(self) -> list[str]:
         """The weights whose deltas wait on disk, for the scale of the whole model or to be written at once."""

@@ -14,8 +14,7 @@ QUARREL = 0.55  # from this share of opposite signs on, tasks pull apart: of nor
 APART = 1e-3  # below this cross-talk, tasks read different inputs
 UNEVEN = 3.0  # ratio of norms from which one task outweighs another
 SWOLLEN = 2.5  # ratio of the norm of the sum to the mean norm of a task
-BFLOAT16 = 0.0017  # measured: what rounding to bfloat16 adds, relative to the norm of the weight
-FAINT = 0.01  # changes below this share of the weight lose 17 % and more by it
+LOSSY = 0.15  # share of the changes from which on what rounding adds to them is worth a word
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,8 @@ class Findings:
         dense: the tasks without factors somewhere.
         turning: every task rotates every weight.
         defect: of these rotations, the largest ``||Q Q^T - I||_F`` of a block.
-        bfloat16: the base is stored in it.
+        rounding: what rounding to bfloat16 adds to the largest task, relative to its norm; None if the base is stored
+            in something else.
     """
 
     tasks: tuple[str, ...]
@@ -61,7 +61,7 @@ class Findings:
     dense: tuple[str, ...]
     turning: bool
     defect: float | None
-    bfloat16: bool
+    rounding: float | None
 
     @property
     def excess(self) -> float:
@@ -195,12 +195,12 @@ CIRCUMSTANCES: tuple[Rule, ...] = (
         ),
     ),
     (
-        lambda f: f.bfloat16 and 0 < f.relative < FAINT,
+        lambda f: f.rounding is not None and f.rounding > LOSSY,
         "any",
         "auto",
         lambda f: (
             f"the changes are {f.relative:.2%} of the weights, and rounding to bfloat16 adds an error of about "
-            f"{min(1.0, BFLOAT16 / f.relative):.0%} of them: write float32 or a LoRA"
+            f"{f.rounding or 0:.0%} of them: write float32 or a LoRA"
         ),
     ),
 )
@@ -220,9 +220,12 @@ def findings(
     weights: Sequence[tuple[tuple[int, int], WeightDiagnostics]],
     turning: bool,
     dense: Sequence[str],
-    bfloat16: bool,
+    lost: Sequence[float],
 ) -> Findings:
-    """Return the numbers for the rules from (shape, diagnostics) of each weight; see `Findings` for the rest."""
+    """Return the numbers for the rules from (shape, diagnostics) of each weight; see `Findings` for the rest.
+
+    ``lost`` is the norm of what rounding to bfloat16 adds to each task, empty if the base is stored in something else.
+    """
     whole = combined(told for _, told in weights)
     assert whole is not None, "a plan has weights"
     norms = [norm or 0.0 for norm in whole.task_norms]
@@ -232,7 +235,7 @@ def findings(
         for i, row in enumerate(told.cosine)
         for j, cosine in enumerate(row)
     )
-    mean = sum(norms) / len(norms)
+    mean, largest = sum(norms) / len(norms), norms.index(max(norms))
     return Findings(
         tasks=tuple(tasks),
         cosine=pair_mean(whole.cosine),
@@ -243,12 +246,12 @@ def findings(
         chance=_chance(weights),
         norms=tuple(norms),
         swelling=math.sqrt(max(squares, 0.0)) / mean if mean > 0 else 0.0,
-        relative=max(norms) / whole.base_norm if whole.base_norm else 0.0,
+        relative=norms[largest] / whole.base_norm if whole.base_norm else 0.0,
         ranks=tuple(rank for shape, told in weights if min(shape) > 1 for rank in told.ranks if rank),
         dense=tuple(dense),
         turning=turning,
         defect=max((one for one in whole.rotation_defect if one is not None), default=None),
-        bfloat16=bfloat16,
+        rounding=lost[largest] / norms[largest] if lost and norms[largest] > 0 else None,
     )
 
 

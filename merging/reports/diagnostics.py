@@ -29,7 +29,8 @@ class MergeDiagnostics:
         survival: by task, ``<M, D_t> / ||D_t||^2``: 1 if the merge holds the task whole.
         interference: by task, ``sum_{s != t} w_s <D_s, D_t> / ||D_t||^2``: what a weighted sum of the others would add
             to its survival, or take from it.
-        rounding_error: of storing base + delta in the dtype of the result, relative to the delta, on a sample of rows.
+        rounding_error: of storing base + delta in the dtype of the result, relative to the delta, on a sample of rows;
+            None where the output holds no such sum (a LoRA, a delta, a rotation).
     """
 
     norm: float | None
@@ -105,7 +106,7 @@ def diagnose(
     merged: Delta | None,
     base: Tensor | None,
     generator: torch.Generator,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
 ) -> WeightDiagnostics:
     """Return the numbers of one weight; two passes over factors, never an SVD of an (m, n) matrix.
 
@@ -115,7 +116,7 @@ def diagnose(
         merged: (m, n), or None before a merge.
         base: the (m, n) weight in float32 or more, for the sizes and the rounding error.
         generator: of the sampled rows and of the range finder.
-        dtype: what base + delta will be stored in.
+        dtype: what base + delta will be stored in; without it there is no rounding error.
 
     Raises:
         ValueError: no task changes the weight, or the numbers of weights and deltas differ.
@@ -133,7 +134,7 @@ def diagnose(
     told.base_norm = None if base is None else _plain(float(frobenius_norm(base)))
     if merged is not None:
         told.merged = _of_merge(merged, gram, numbers[places], spread, generator)
-        if base is not None:
+        if base is not None and dtype is not None:
             weight = torch.cat([base[start:stop] for start, stop in ranges])
             told.merged.rounding_error = _plain(
                 measures.rounding_error(weight, measures.rows_of(merged, ranges), dtype)

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from orthoft.merging.files.streaming import IN_FLIGHT
+from orthoft.merging.files.tensors import TensorFolder
 from orthoft.merging.methods import Method
 from orthoft.merging.outputs import Options, Output
 from orthoft.merging.outputs.checkpoint import CheckpointOutput
 from orthoft.merging.plan import MergePlan, WeightPlan
+from orthoft.merging.sources.checkpoint import Source
 from orthoft.merging.weightwise import SLICE
 
 SPECTRAL, ENTRYWISE = (64, 160), (160, 512)  # sizes of the matrices on which a method is tried
 SETTING_UP = 0.15  # seconds, to open the files, and to write and sync what is small
 HEADERS = ("weight", "shape", "sources", "space", "rank", "reads", "writes", "GFLOP", "seconds", "memory")
+STEMS = {"checkpoint": "model", "delta": "delta"}  # of the files of a source of this kind
 WORDS = 4  # columns, from the left, that hold words
 
 
@@ -39,6 +42,8 @@ class Job:
         rowwise: the method goes through slices of rows in the full space.
         output: "checkpoint" adds to the weight, anything else keeps the factors.
         written: bytes that the output takes for it.
+        itemsizes: bytes of an entry of each task that changes it, as stored.
+        held: by the method, see `orthoft.merging.methods.Method`.
     """
 
     name: str
@@ -51,6 +56,8 @@ class Job:
     rowwise: bool
     output: str
     written: int
+    itemsizes: tuple[float, ...]
+    held: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,8 @@ def estimate(job: Job, rates: Rates) -> Estimate:
     (m, n), R = job.shape, sum(rank or 0 for rank in job.ranks)
     dense = sum(rank is None for rank in job.ranks)
     entries = m * n
-    read = entries * job.itemsize * (1 + dense) + 4 * R * (m + n)
+    sizes = zip(job.itemsizes, job.ranks, strict=True)
+    read = entries * job.itemsize + round(sum(s * (entries if r is None else r * (m + n)) for s, r in sizes))
     products, decompositions, p, q = _work(job, R)
     seconds = products / rates.matmul + decompositions / rates.svd + rates.merge_seconds(p, q)
     seconds += (6 * read + 8 * job.written + 4 * entries * (8 + 2 * dense)) / rates.copy
@@ -114,8 +122,9 @@ def estimates(plan: MergePlan, output: Output | None = None, rates: Rates | None
     params, _ = plan.wish.bound()
     measured, output = rates or calibrate(plan.wish.method, params, plan.wish.weights), output or _checkpoint(plan)
     asked = {*output.names, *output.waiting}
+    itemsizes = {source.name: _itemsize(source) for source in plan.sources}
     return {
-        name: estimate(_job(plan, item, output), measured) if name in asked else Estimate(0, 0, 0.0, 0.0, 0)
+        name: estimate(_job(plan, item, output, itemsizes), measured) if name in asked else Estimate(0, 0, 0.0, 0.0, 0)
         for name, item in plan.merged.items()
     }
 
@@ -190,7 +199,7 @@ def _work(job: Job, R: int) -> tuple[float, float, int, int]:
 def _memory(job: Job, R: int, dense: int) -> int:
     """Return the bytes alive at the worst moment: while the tasks merge, or while base and delta are added."""
     (m, n), T = job.shape, job.tasks
-    entries = m * n
+    entries, (each, besides) = m * n, job.held
     factors = 4 * R * (m + n)
     held = entries * (job.itemsize + 4)  # the weight as stored and in float32
     if job.space == "core":
@@ -202,7 +211,7 @@ def _memory(job: Job, R: int, dense: int) -> int:
     elif job.rowwise:
         merging = factors + 4 * entries * (dense + 4) + 4 * 6 * T * min(entries, SLICE)
     else:
-        merging = factors + 4 * entries * (3 * T + 2)
+        merging = factors + 4 * entries * (each * T + besides)
     adding = entries * (2 * job.itemsize + 3 * 4 + 1) if job.output == "checkpoint" else 2 * factors
     return max(held + merging, factors + adding)
 
@@ -211,11 +220,12 @@ def _checkpoint(plan: MergePlan) -> Output:
     return CheckpointOutput(plan, Options(str(plan.base.folder)))
 
 
-def _job(plan: MergePlan, item: WeightPlan, output: Output) -> Job:
+def _job(plan: MergePlan, item: WeightPlan, output: Output, itemsizes: Mapping[str, float]) -> Job:
+    touching = [source for source in plan.sources if item.name in source.ranks]
     return Job(
         item.name,
         item.matrix,
-        tuple(source.ranks[item.name] for source in plan.sources if item.name in source.ranks),
+        tuple(source.ranks[item.name] for source in touching),
         len(plan.sources),
         item.space.name,
         item.rank,
@@ -223,7 +233,16 @@ def _job(plan: MergePlan, item: WeightPlan, output: Output) -> Job:
         item.choice.method.rowwise,
         "checkpoint" if output.shards else "factors",
         output.weight_bytes(item.name),
+        tuple(itemsizes[source.name] for source in touching),
+        item.choice.method.held,
     )
+
+
+def _itemsize(source: Source) -> float:
+    """Return how many bytes an entry of a source's tensors takes in its files, on average."""
+    tensors = TensorFolder(source.folder, STEMS.get(source.kind, "adapter_model"))
+    entries = sum(math.prod(tensors.shape(name)) for name in tensors)
+    return sum(tensors.place(name)[2] for name in tensors) / max(entries, 1)
 
 
 def _cells(cost: Estimate) -> tuple[str, ...]:

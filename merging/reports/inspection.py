@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from orthoft.delta import Delta
 from orthoft.linalg import at_least_float32
 from orthoft.merging.deltas import task_deltas
 from orthoft.merging.files.tensors import as_matrix, matrix_shape
-from orthoft.merging.plan import MergePlan, PathLike, Sources, plan
+from orthoft.merging.plan import PathLike, Sources, plan
 from orthoft.merging.reports.advice import Advice, advise, findings
 from orthoft.merging.reports.diagnostics import MATRICES, WeightDiagnostics, combined, diagnose, pair_mean
-from orthoft.merging.reports.measures import rotation_blocks
+from orthoft.merging.reports.measures import rotation_blocks, rounding_error, rows_of, sample_rows
 from orthoft.merging.reports.page import MATRIX_WORDS, Page, Table, sections
 from orthoft.merging.reports.pictures import NOTHING, number
 from orthoft.merging.reports.report import shown, write_report
@@ -119,6 +123,7 @@ def inspect_sources(base: PathLike, sources: Sources, *, seed: int = 0, progress
     measured: list[tuple[tuple[int, int], WeightDiagnostics]] = []
     turning = True
     dense: dict[str, None] = {}
+    lost: list[list[float]] = []
     for name, item in tqdm(todo.merged.items(), desc="inspect", unit="weight", disable=not progress):
         deltas, weight = task_deltas(todo, name, as_matrix(at_least_float32(todo.base[name])))
         told = diagnose(deltas, [1.0] * len(deltas), None, weight, weight_generator(seed, name))
@@ -128,13 +133,24 @@ def inspect_sources(base: PathLike, sources: Sources, *, seed: int = 0, progress
             turning &= all(delta is not None and rotation_blocks(delta) is not None for delta in deltas)
             whole = [s.name for s, delta in zip(todo.sources, deltas, strict=True) if delta and delta.rank() is None]
             dense |= dict.fromkeys(whole)
+        if todo.base.dtype(name) == torch.bfloat16:
+            draw = weight_generator(seed, f"{name}#rounding")  # its own: other samples stay as they are
+            lost.append(_lost_in_bfloat16(deltas, told.task_norms, weight, draw))
     kinds = {source.name: source.kind for source in todo.sources}
-    found = findings(list(kinds), measured, turning, list(dense), _stored_in_bfloat16(todo))
+    of_tasks = [math.hypot(*each) for each in zip(*lost, strict=True)]
+    found = findings(list(kinds), measured, turning, list(dense), of_tasks)
     return InspectReport(str(base), kinds, weights, advise(found), list(todo.notes))
 
 
-def _stored_in_bfloat16(todo: MergePlan) -> bool:
-    return any(todo.base.dtype(name) == torch.bfloat16 for name in todo.merged)
+def _lost_in_bfloat16(
+    deltas: Sequence[Delta | None], norms: Sequence[float | None], weight: Tensor, generator: torch.Generator
+) -> list[float]:
+    """Return ``||round(W + D_t) - (W + D_t)||_F`` of each task, from a sample of rows; 0 where those do not change."""
+    m, n = weight.shape
+    ranges = sample_rows(m, n, generator)
+    rows = torch.cat([weight[start:stop] for start, stop in ranges])
+    shares = [0.0 if one is None else rounding_error(rows, rows_of(one, ranges), torch.bfloat16) for one in deltas]
+    return [(norm or 0.0) * share if math.isfinite(share) else 0.0 for norm, share in zip(norms, shares, strict=True)]
 
 
 def _sentence(advice: Advice) -> str:

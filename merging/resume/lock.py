@@ -13,15 +13,15 @@ PID_AT = 1 << 20  # Windows lets nobody read the bytes that are locked, so that 
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the lock of ``out``, a file beside it that is gone afterwards.
+def locked(out: Path, file: Path | None = None) -> Iterator[None]:
+    """Hold the lock of ``out``, a file (beside it unless given) that is gone afterwards.
 
     The system gives the lock back when a process ends, in whichever way: the file of a dead one does not block.
 
     Raises:
         FileExistsError: another process holds it; the message names it.
     """
-    file = out.parent / f".{out.name}.lock"
+    file = file or out.parent / f".{out.name}.lock"
     handle = _acquire(file, out)
     try:
         os.ftruncate(handle, 0)

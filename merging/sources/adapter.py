@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -11,22 +12,17 @@ from torch import Tensor
 
 from orthoft.delta import Delta, Dense
 from orthoft.linalg import at_least_float32
-from orthoft.merging.files.tensors import TensorFolder, as_matrix, matrix_shape, same_tensor
-from orthoft.merging.formats.registry import Extent
+from orthoft.merging.files.tensors import TensorFolder, as_matrix, matrix_shape
+from orthoft.merging.formats.registry import MERGE_FIRST, Extent
 from orthoft.merging.formats.tokens import token_indices
 from orthoft.merging.sources.adapter_file import AdapterFile
-from orthoft.merging.sources.checkpoint import (
-    MERGEABLE,
-    CheckpointSource,
-    Source,
-    check_stored,
-    check_unquantised,
-    not_merged,
-    untied,
-)
+from orthoft.merging.sources.beside import Beside
+from orthoft.merging.sources.checkpoint import CheckpointSource, Source, untied
 from orthoft.merging.sources.delta import CONFIG, DeltaSource
-from orthoft.merging.sources.names import added_rows, match_names, tied_embedding, ties_embedding
+from orthoft.merging.sources.names import match_names, tied_embedding, ties_embedding
 from orthoft.merging.sources.orientation import Orientation
+from orthoft.merging.sources.parameters import Parameters
+from orthoft.merging.sources.quantised import MERGEABLE, check_unquantised
 from orthoft.merging.sources.rows import Replaced, as_precise, replaced_rows
 
 __all__ = ["MERGEABLE", "AdapterSource", "CheckpointSource", "Source", "open_source"]
@@ -67,6 +63,7 @@ class AdapterSource(Source):
         super().__init__(name, folder)
         file = self._file = AdapterFile(folder, f"source {name!r}")
         self.config, self.kind, saved = file.config, file.reader.peft_type, file.beside
+        self._parameters = Parameters(file, base, f"source {name!r}")
         extents = {f"{module}.weight": file.extent(module) for module in file.keys}
 
         def fits(own: str, theirs: str) -> bool:
@@ -74,7 +71,10 @@ class AdapterSource(Source):
                 return extents[own].fits(base.shape(theirs))
             return own not in saved or file.tensors.shape(saved[own]) == base.shape(theirs)
 
-        self.naming = match_names([*extents, *saved, *file.tokens], base, fits)
+        names = [*extents, *saved, *file.tokens, *self._parameters.names]
+        self.naming = match_names(names, base, fits, self._parameters.stored)
+        for module in self._parameters.place(self.naming):
+            del extents[f"{module}.weight"]
         self._drop_tied(extents, base)
         checked = {self._check(own, extent, base): extent for own, extent in extents.items()}
         shapes, base_says = {name: matrix_shape(base.shape(name)) for name in checked}, Orientation(base).inputs_first
@@ -82,13 +82,15 @@ class AdapterSource(Source):
             name: self._inputs_first(name, extent, shapes[name], base_says) for name, extent in checked.items()
         }
         self._sizes = [(n, m) if self.inputs_first[name] else (m, n) for name, (m, n) in shapes.items()]
-        self._saved = self._place(saved, base)
+        beside = Beside(file, base, self.naming)
+        self._saved, self._biases = beside.saved, beside.biases
         self._tokens = {self._require(own, base, _any_shape): key for own, key in file.tokens.items()}
-        self._biases = self._find_biases(base)
+        self.not_carried += beside.not_carried
         self._steps: tuple[tuple[Collection[str], Callable[[str, Tensor], Delta]], ...] = (
             (self._saved, self._replacement),
             (self._tokens, self._new_rows),
             (self.inputs_first, self.adapted),
+            (self._parameters.places, self._parameters.delta),
             (self._biases, self._shift),
         )
         self.adapter_ranks = {theirs: extent.rank for theirs, extent in checked.items()}
@@ -130,9 +132,10 @@ class AdapterSource(Source):
         Raises:
             ValueError: it changes biases or rows of tokens as well, which have no place there.
         """
-        for name in (*self._biases, *self._tokens):
+        for name in (*self._biases, *self._tokens, *self._parameters.places):
             raise ValueError(
-                f"source {self.name!r} also changes {name!r} (lora_bias, trained tokens): merge it instead"
+                f"source {self.name!r} also changes {name!r} (lora_bias, trained tokens, target_parameters): merge it "
+                "instead"
             )
         return {key: self._file.tensors[key] for key in self._file.beside.values()}
 
@@ -184,8 +187,10 @@ class AdapterSource(Source):
 
     def _ranks(self) -> dict[str, int | None]:
         rows = {theirs: self._file.tensors.shape(key)[0] for theirs, key in self._tokens.items()}
-        ranks: dict[str, int | None] = {**self.adapter_ranks, **rows}
-        several = self.adapter_ranks.keys() & rows.keys()
+        parts: tuple[Mapping[str, int | None], ...] = (self.adapter_ranks, rows, self._parameters.ranks())
+        counts = Counter(name for part in parts for name in part)
+        ranks = {name: rank for part in parts for name, rank in part.items()}
+        several = [name for name, count in counts.items() if count > 1]
         return ranks | dict.fromkeys([*several, *self._saved, *self._biases])
 
     def _drop_tied(self, extents: dict[str, Extent], base: TensorFolder) -> None:
@@ -214,7 +219,6 @@ class AdapterSource(Source):
                 f"an adapter of another base: its module {own.removesuffix('.weight')!r} has ({outputs}, {inputs}) "
                 f"outputs and inputs, the base's {theirs!r} has shape {base.shape(theirs)}"
             )
-        check_unquantised(theirs, base)
         return theirs
 
     def _require(self, own: str, base: TensorFolder, fits: Callable[[tuple[int, ...]], bool]) -> str:
@@ -222,9 +226,15 @@ class AdapterSource(Source):
         theirs, twin = self.naming.to_base(own), self._tied_to(own, fits, base)
         if twin is not None:
             raise ValueError(untied(own, twin))
+        if theirs is not None:
+            check_unquantised(theirs, base)
         if theirs is None or theirs not in base:
             module = own.removesuffix(".weight")
-            raise ValueError(f"an adapter of another base: its module {module!r} has no weight in {base.folder}")
+            hint = f" (or it sits on parameters that are stored in another way: {MERGE_FIRST})"
+            raise ValueError(
+                f"an adapter of another base: its module {module!r} has no weight in {base.folder}"
+                + hint * bool(self._file.targets(module))
+            )
         return theirs
 
     def _inputs_first(
@@ -236,60 +246,6 @@ class AdapterSource(Source):
             return flipped
         told = self.config.get("fan_in_fan_out")
         return base_says(theirs) if told is None else bool(told)
-
-    def _find_biases(self, base: TensorFolder) -> dict[str, str]:
-        """Return {the base's bias: module} of what the adapter adds to biases; without a place it has to be zero."""
-        found: dict[str, str] = {}
-        for module, keys in self._file.keys.items():
-            key = keys.get(self._file.reader.bias or "")
-            theirs = self.naming.to_base(f"{module}.bias")
-            if key is None:
-                continue
-            if theirs is not None and theirs in base and self._file.tensors.shape(key) == base.shape(theirs):
-                found[theirs] = module
-            elif bool(self._file.read(key).any()):
-                raise ValueError(
-                    f"module {module!r} has {self._file.reader.bias}, and the base has no bias of its shape there"
-                )
-        return found
-
-    def _place(self, saved: Mapping[str, str], base: TensorFolder) -> dict[str, str]:
-        """Return {the base's tensor: key} of what is saved beside the adapter, and list what the base lacks."""
-        placed = {}
-        for own, key in saved.items():
-            theirs = self.naming.to_base(own)
-            if theirs is None or theirs not in base:
-                self._leave(own, key, saved, base)
-            elif self._replaces(own, key, theirs, base):
-                placed[theirs] = key
-        return placed
-
-    def _replaces(self, own: str, key: str, theirs: str, base: TensorFolder) -> bool:
-        """Say whether a saved tensor can stand in the place of the base's, and list what of it cannot."""
-        tensors = self._file.tensors
-        shape, added = tensors.shape(key), added_rows(theirs, tensors.shape(key), base)
-        if shape != base.shape(theirs) and not added:
-            self.not_carried.append(f"{own}: it has shape {shape}, the base's has {base.shape(theirs)}")
-            return False
-        if base.dtype(theirs) not in MERGEABLE:
-            if not same_tensor(tensors, key, base, theirs):
-                self.not_carried.append(f"{own}: {not_merged(theirs, base)}")
-            return False
-        check_stored(own, tensors.dtype(key), base.dtype(theirs))
-        self.not_carried += [f"{own}: {added}"] if added else []
-        return True
-
-    def _leave(self, own: str, key: str, saved: Mapping[str, str], base: TensorFolder) -> None:
-        shapes = {theirs: self._file.tensors.shape(k) for o, k in saved.items() if (theirs := self.naming.to_base(o))}
-        known = {name: base.shape(name) for name in base} | shapes
-        twin = tied_embedding(own, known, self._file.tensors.shape(key).__eq__)
-        if twin is None:
-            self.not_carried.append(f"{own}: the base has no such tensor")
-            return
-        double = saved.get(self.naming.to_source(twin))
-        other, name = (base, twin) if double is None else (self._file.tensors, double)
-        if not same_tensor(self._file.tensors, key, other, name):
-            raise ValueError(untied(own, twin))
 
 
 def _any_shape(shape: tuple[int, ...]) -> bool:

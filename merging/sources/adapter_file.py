@@ -11,6 +11,8 @@ from orthoft.merging.formats.registry import Extent, get_reader
 from orthoft.merging.formats.tokens import TOKENS
 from orthoft.merging.sources.rows import finite
 
+DEEPEST = 32  # components that a module in target_parameters may have
+
 
 class AdapterFile:
     """``adapter_config.json`` and ``adapter_model.safetensors`` in a folder.
@@ -30,6 +32,10 @@ class AdapterFile:
         self.settings = {field: value for field, value in self.config.items() if value is not None}
         self.tensors = TensorFolder(folder, "adapter_model")
         self.keys, self.beside, self.tokens = self._split()
+        self._targets: dict[str, list[str]] = {}
+        for target in self.settings.get("target_parameters", ()):
+            module, _, parameter = target.rpartition(".")
+            self._targets.setdefault(module, []).append(parameter)
         self._owner = owner
         if not self.keys and not self.beside and not self.tokens:
             raise ValueError(f"{folder / 'adapter_model.safetensors'} holds no tensors")
@@ -43,6 +49,12 @@ class AdapterFile:
     def read_module(self, module: str) -> dict[str, Tensor]:
         """Return the adapter's tensors of a module, named by what stands behind the module's name."""
         return {suffix: self.read(key) for suffix, key in self.keys[module].items()}
+
+    def targets(self, module: str) -> list[str]:
+        """Return the names that its configuration tells of parameters of a module, if the module has such."""
+        parts = module.split(".")[-DEEPEST:]
+        ends = [".".join(parts[start:]) for start in range(len(parts) + 1)] if self._targets else []
+        return list(dict.fromkeys(f"{module}.{name}" for end in ends for name in self._targets.get(end, ())))
 
     def _split(self) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str]]:
         """Return {module: {suffix: key}} of the adapter's own tensors, {tensor: key} of those saved beside them, and

@@ -13,9 +13,8 @@ from torch import Tensor
 from orthoft.delta import Delta
 from orthoft.merging.files.tensors import TensorFolder, same_tensor
 from orthoft.merging.sources.names import added_rows, match_names, tied_embedding
+from orthoft.merging.sources.quantised import MERGEABLE, check_quantised, quantised
 from orthoft.merging.sources.rows import Replaced
-
-MERGEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # not the codes of quantised weights
 
 
 class Source(ABC):
@@ -58,7 +57,7 @@ class CheckpointSource(Source):
 
     Rules: rows added to an embedding or to the output head are not carried. A head that the base does not store,
     because it is tied to the embedding, has to be equal to the embedding; a head that only the base stores, equal to
-    its embedding, follows the embedding.
+    its embedding, follows the embedding. Quantised weights have to be the base's.
     """
 
     kind = "checkpoint"
@@ -73,13 +72,20 @@ class CheckpointSource(Source):
             first = next(iter(tensors), None)
             raise ValueError(f"fine-tuned from another base: none of its tensors, e.g. {first!r}, is in {base.folder}")
         for theirs, own in self._own.items():
-            self._check_shape(own, theirs, base)
             check_stored(own, tensors.dtype(own), base.dtype(theirs))
-        self._tie_heads(base)
-        self.ranks = {theirs: None for theirs in self._own if base.dtype(theirs) in MERGEABLE}
+        check_quantised(tensors, base, naming)
         for theirs, own in self._own.items():
-            if theirs not in self.ranks and not same_tensor(tensors, own, base, theirs):
+            self._check_shape(own, theirs, base)
+        self._tie_heads(base)
+        codes = quantised(base)  # the same in both by now
+        numbers = [theirs for theirs in self._own if theirs not in codes]
+        self.ranks = {theirs: None for theirs in numbers if base.dtype(theirs) in MERGEABLE}
+        for theirs in numbers:
+            if theirs not in self.ranks and not same_tensor(tensors, own := self._own[theirs], base, theirs):
                 self.not_carried.append(f"{own}: {not_merged(theirs, base)}")
+        self.notes += tensors.notes
+        lacking = [theirs for theirs in base if theirs not in self._own]
+        self.notes += [f"{name} lacks {len(lacking)} tensors of the base, e.g. {lacking[0]!r}"] if lacking else []
 
     def delta(self, name: str, weight: Tensor) -> Delta:
         own = self._own[name]
@@ -121,14 +127,8 @@ def check_stored(own: str, stored: torch.dtype, base: torch.dtype) -> None:
         raise ValueError(f"{own!r} is stored as {stored}, the base's as {base}: dequantise the source first")
 
 
-def check_unquantised(name: str, base: TensorFolder) -> None:
-    """Raise a ValueError if the base holds codes of a quantised weight, to which nothing can be added."""
-    if base.dtype(name) not in MERGEABLE:
-        raise ValueError(f"the base's {name!r} is stored as {base.dtype(name)}: dequantise the base first")
-
-
 def not_merged(name: str, base: TensorFolder) -> str:
-    """Return what to say of another value of a tensor that counts or indexes (a buffer), or of a quantised one."""
+    """Return what to say of another value of a tensor that counts or indexes (a buffer)."""
     return f"the base stores it as {base.dtype(name)}, which is not merged"
 
 

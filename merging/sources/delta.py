@@ -13,7 +13,8 @@ from torch import Tensor
 from orthoft.delta import Delta, Dense, LowRank
 from orthoft.merging.files.header import shortened
 from orthoft.merging.files.tensors import TensorFolder, matrix_shape, read_json
-from orthoft.merging.sources.checkpoint import Source, check_unquantised
+from orthoft.merging.sources.checkpoint import Source
+from orthoft.merging.sources.quantised import check_unquantised
 from orthoft.merging.sources.rows import finite
 
 CONFIG = "delta_config.json"
@@ -63,6 +64,7 @@ class DeltaSource(Source):
 
     def _rank(self, name: str, base: TensorFolder) -> int | None:
         """Return the rank of the factors, or None of a dense matrix, after comparing shapes with the base's."""
+        check_unquantised(name, base)
         dense, factors = f"{name}.dense" in self._tensors, [f"{name}.{factor}" for factor in "BA"]
         if name not in base or not (dense or all(key in self._tensors for key in factors)):
             raise ValueError(f"the delta of another base: {self._tensors.folder} has {name!r}, {base.folder} has not")
@@ -74,7 +76,6 @@ class DeltaSource(Source):
                 f"the delta of another base: {name!r} has parts of shapes {', '.join(map(str, parts))}, "
                 f"the base's has shape {base.shape(name)}"
             )
-        check_unquantised(name, base)
         return None if dense else rank
 
 

@@ -55,18 +55,23 @@ class Naming:
         return {stored: loaded for loaded, stored in self.stored.items()}
 
 
-def match_names(names: Collection[str], base: TensorFolder, fits: Callable[[str, str], bool]) -> Naming:
+def match_names(
+    names: Collection[str],
+    base: TensorFolder,
+    fits: Callable[[str, str], bool],
+    more: Mapping[str, str] | None = None,
+) -> Naming:
     """Return how a source's names become names in the files of the base, see `match_prefix`.
 
     Where transformers loads the base under other names than are stored (ViT, LLaVA and Gemma 3 are among those), the
-    source may use either.
+    source may use either. ``more`` are further names in the loaded model, and what they stand for in the base.
 
     Raises:
         ValueError: the meaning would be a guess.
     """
     plain = Naming(match_prefix(names, base, fits))
     found = sum(plain.to_base(name) in base for name in names)
-    if found == len(names) or not (stored := stored_names(base)):
+    if found == len(names) or not (stored := stored_names(base) | dict(more or {})):
         return plain
     renamed = Naming(match_prefix(names, stored, lambda own, loaded: fits(own, stored[loaded])), stored)
     return renamed if sum(renamed.to_base(name) in base for name in names) > found else plain

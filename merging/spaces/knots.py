@@ -30,7 +30,8 @@ def knots(deltas: Sequence[Delta], base: Tensor | None, weights: Tensor) -> tupl
     values, vectors = torch.linalg.eigh(torch.stack([_gram(L, A) for L, A in parts]).sum(0))  # (p,) ascending, (p, p)
     kept = vectors[:, values > RANGE**2 * values[-1:].clamp(min=0)].flip(1)  # (p, k), the largest first
     rank = kept.shape[1]
-    kept = torch.nn.functional.pad(kept, (0, max(0, 2 - rank)))  # a single row would count as a vector
+    rows = min(2, deltas[0].shape[0])  # a single row would count as a vector, which only one output is
+    kept = torch.nn.functional.pad(kept, (0, max(0, rows - rank)))
     turned = [((kept.mT @ L.double()).to(dtype), A) for L, A in parts]
     x = torch.stack([left if A is None else left @ A for left, A in turned])  # (T, k, n)
     U = (kept if frame is None else frame @ kept)[:, :rank].to(dtype)  # (m, k)

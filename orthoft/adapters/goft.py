@@ -121,6 +121,7 @@ class GOFTConfig(OrthoConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_choice("mode", ("strict", "quasi"))
+        self._check_whole("block_size", self.block_size)
         if self.block_size < 2 or self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size must be a power of two, 2 or more, got {self.block_size}")
         if not self.orthogonality_weight >= 0:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from orthoft.adapter import InputRotation, whole
+from orthoft.bases import generator_of
 from orthoft.config import OrthoConfig
 from orthoft.delta import Delta, LowRank
 from orthoft.layer import OrthoLayer
@@ -23,30 +24,35 @@ class Reflections(InputRotation):
     """``Q^T = H_1 ... H_r``, ``H_i = I - 2 u_i^T u_i / |u_i|^2``, in compact WY form ``Q^T = I - U^T M``.
 
     ``u`` (r, n) float32. It starts with equal neighbours (u1, u1, u2, u2, ...): their reflections cancel, ``Q = I``.
-    The orthonormal variant has twice as many reflections, half of them frozen (``u0``, a saved buffer).
+    The orthonormal variant has twice as many reflections, half of them frozen (``u0``, a saved buffer). They are drawn
+    by the name of the layer: whoever copies the parameters of an adapter into another, as TRL does, copies all of it.
     Exactly orthogonal, and exactly ``I`` plus rank r (2r orthonormal).
     """
 
     u0: Tensor | None
 
-    def __init__(self, features: int, r: int, orthonormal: bool, orthogonality_weight: float) -> None:
+    def __init__(self, key: str, features: int, r: int, orthonormal: bool, orthogonality_weight: float) -> None:
         super().__init__()
+        self.name = f"{key}:{r}:{features}"
         self.orthonormal, self.orthogonality_weight = orthonormal, orthogonality_weight
         self.u = nn.Parameter(torch.empty(r, features))
         self.register_buffer("u0", torch.empty(r, features) if orthonormal else None)
 
     def reset_parameters(self, identity: bool = True) -> None:
         """Draw the directions uniformly from +-sqrt(2 / r), the scale for which published learning rates are meant."""
-        r = self.u.shape[0]
-        nn.init.uniform_(self.u, -((2 / r) ** 0.5), (2 / r) ** 0.5)
         if self.u.is_meta:
             return
+        bound = (2 / len(self.u)) ** 0.5
         with torch.no_grad():
-            if self.u0 is not None:
-                self.u0.copy_(self.u)
-            elif identity:
-                self.u[1::2] = self.u[0::2]
-            if self.u0 is not None and not identity:
+            if self.u0 is None:
+                self.u.uniform_(-bound, bound)
+                if identity:
+                    self.u[1::2] = self.u[0::2]
+                return
+            drawn = torch.rand(self.u.shape, generator=generator_of(self.name), device="cpu")
+            self.u0.copy_(bound * (2 * drawn - 1))
+            self.u.copy_(self.u0)
+            if not identity:
                 self.u.add_(0.1 * torch.randn_like(self.u) * self.u.std())
 
     def build(self) -> tuple[Tensor, Tensor]:
@@ -113,9 +119,10 @@ class HRAConfig(OrthoConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_whole("r", self.r, *self.rank_pattern.values())
         for r in (self.r, *self.rank_pattern.values()):
-            if not isinstance(r, int) or r < 1:
-                raise ValueError(f"r must be a positive number of reflections, got {r!r}")
+            if r < 1:
+                raise ValueError(f"r must be a positive number of reflections, got {r}")
             if r % 2 and self.init_weights and not self.orthonormal:
                 raise ValueError(f"r must be even to start at the identity (reflections cancel in pairs), got {r}")
         if not self.orthogonality_weight >= 0:
@@ -135,7 +142,7 @@ class HRAConfig(OrthoConfig):
         r = self._by_pattern(self.rank_pattern, key, self.r)
         if r > in_features:
             raise ValueError(f"r = {r} reflections do not fit the {in_features} inputs of {key!r}: choose a smaller r")
-        return Reflections(in_features, r, self.orthonormal, self.orthogonality_weight)
+        return Reflections(key, in_features, r, self.orthonormal, self.orthogonality_weight)
 
 
 class HRALayer(OrthoLayer):

@@ -136,6 +136,8 @@ class OFTv2Config(OrthoConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_choice("map", ("series", "cayley"))
+        self._check_whole("degree", self.degree)
+        self._check_whole("block_size", self.block_size, *self.block_size_pattern.values())
         if self.degree < 1 or self.degree % 2 == 0:
             raise ValueError(f"degree must be odd (the defect is ||S||^(2 degree) then), got {self.degree}")
         if self.radius is not None and not self.radius > 0:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from orthoft.adapter import InputRotation
+from orthoft.adapter import InputRotation, is_replica
 from orthoft.adapters.oftv2 import LARGE_BLOCK
 from orthoft.bases import SVD, add_subspace_product, check_fingerprint, fingerprint, signed_svd, subspace_update
 from orthoft.config import OrthoConfig
@@ -118,7 +118,7 @@ class SubspaceRotation(InputRotation):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Check a fingerprint on this way in too: transformers' own loader sets tensors one by one."""
-        if name == "fingerprint":
+        if name == "fingerprint" and not is_replica(self):
             self._check(value)
         super().__setattr__(name, value)
 
@@ -171,6 +171,8 @@ class PSOFTConfig(OrthoConfig):
         self._check_choice("map", ("cayley", "series"))
         self._check_choice("svd", ("full", "lowrank"))
         ranks = [self.r, *self.rank_pattern.values()]
+        self._check_whole("degree", self.degree)
+        self._check_whole("r", *ranks)
         least = 1 if self.relax else 2
         if min(ranks) < least:
             raise ValueError(

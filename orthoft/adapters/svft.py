@@ -63,6 +63,8 @@ class SVFTConfig(OrthoConfig):
         self._check_choice("pattern", get_args(Pattern))
         self._check_choice("schedule", get_args(Schedule))
         self._check_choice("svd", get_args(SVD))
+        self._check_whole("off_diagonals", self.off_diagonals)
+        self._check_whole("rank", *([] if self.rank is None else [self.rank]), *self.rank_pattern.values())
         if self.off_diagonals < 0:
             raise ValueError(f"off_diagonals must not be negative, got {self.off_diagonals}")
         for rank in (self.rank, *self.rank_pattern.values()):

@@ -33,7 +33,7 @@ class To(StrEnum):
 def convert(
     out: Output,
     model: Annotated[Path, typer.Argument(help="The folder of an adapter; for gguf a checkpoint, too.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; the file for gguf.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write; the file for gguf.")],
     to: Annotated[
         To,
         typer.Option(
@@ -77,13 +77,13 @@ def convert(
             owners = " and ".join(f"--to {owner}" for owner in OWNERS[name])
             raise ValueError(f"--{name.replace('_', '-')} is of {owners}, {to} has none: got {value}")
     done = converted(to, model, output, base=base, overwrite=overwrite, **given)
-    for note in done.notes if to != To.lora else [*done.notes, *notes_on_serving(output)]:
+    for note in done.notes if to != To.lora else [*done.notes, *notes_on_serving(Path(output))]:
         out.say(f"note: {note}")
-    out.show(*told(to, done, output))
+    out.show(*told(to, done, Path(output)))
 
 
-def converted(to: To, model: Path, out: Path, **given: Any) -> Conversion | GgufFile:
-    """Convert by the function of a format."""
+def converted(to: To, model: Path, out: str, **given: Any) -> Conversion | GgufFile:
+    """Convert by the function of a format; a path would forget that ``out`` ends as a folder does."""
     from orthoft import convert as formats
 
     if to == To.gguf:

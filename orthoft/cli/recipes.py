@@ -52,9 +52,7 @@ def ls(out: Output) -> None:
 def cp(
     out: Output,
     name: Annotated[str, typer.Argument(help="One that `orthoft recipes ls` lists.")],
-    dest: Annotated[
-        Path | None, typer.Argument(metavar="[DEST]", help="A file or a folder; here unless given.")
-    ] = None,
+    dest: Annotated[str | None, typer.Argument(metavar="[DEST]", help="A file or a folder; here unless given.")] = None,
 ) -> None:
     """Copy a recipe, to change it; a file that exists is never replaced.
 
@@ -93,7 +91,7 @@ def validate(
 def schema(
     out: Output,
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="Where to write it; printed unless given.")
+        str | None, typer.Argument(metavar="[FILE]", help="Where to write it; printed unless given.")
     ] = None,
     of: Annotated[Kind, typer.Option(help="Of recipes, or of the YAML files of `orthoft merge`.")] = Kind.recipe,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
@@ -116,7 +114,7 @@ def schema(
         out.show(found, text)
     else:
         write_schema(text + "\n", file, overwrite)
-        out.show({"file": str(file)}, str(file))
+        out.show({"file": file}, file)
 
 
 app.add_typer(group, name="recipes", rich_help_panel=START)

@@ -30,13 +30,18 @@ def search(
     space: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Try this one only; may be repeated.")] = None,
     rows: Annotated[int | None, typer.Option(help="Rows of each tuning split; all unless given.")] = None,
     objective: Annotated[
-        Objective, typer.Option(help="The share of the experts' gain that is kept, the mean score, or negative loss.")
-    ] = Objective.gain,
+        Objective | None,
+        typer.Option(
+            help="The share of the experts' gain that is kept (gain, the default), the mean score, or negative loss."
+        ),
+    ] = None,
     pareto: Annotated[
         bool, typer.Option("--pareto", help="Look for the front between tasks, not the best mean.")
     ] = False,
     equal_weights: Annotated[bool, typer.Option("--equal-weights", help="Leave the tasks' weights at 1.")] = False,
-    memory: Annotated[float, typer.Option(help="GB that weights and deltas may take beside the model.")] = 8.0,
+    memory: Annotated[
+        float | None, typer.Option(help="GB that weights and deltas may take beside the model; 8 unless given.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the trials; the recipe's unless given.")] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -47,7 +52,8 @@ def search(
 
     Method, space, scale, weights and parameters are tried on the tuning splits. The experts are read once; each trial
     merges them in memory. The best is scored on the test splits, once. A search that was interrupted, or is given more
-    trials, goes on where it stopped.
+    trials, goes on where it stopped. What is not given is that of merge.search in the recipe, by which `orthoft run`
+    searches before it merges.
 
     Example: orthoft search recipes/configs/minilm.yaml --trials 50
 
@@ -55,20 +61,24 @@ def search(
 
     In Python: orthoft.recipes.search.search("recipes/configs/minilm.yaml", trials=50)
     """
+    from orthoft.recipes.load import load
+
+    overrides = out.overrides(set_, device=device, dtype=dtype)
+    load(recipe, overrides)  # a mistake is told at once: what follows loads torch
     from orthoft.recipes.search import search as search_merge
     from orthoft.recipes.search_report import call
 
     found = search_merge(
         recipe,
-        out.overrides(set_, device=device, dtype=dtype),
+        overrides,
         trials=trials,
         minutes=minutes,
         methods=method or None,
         spaces=space or None,
         rows=rows,
-        objective=objective.value,
-        pareto=pareto,
-        equal_weights=equal_weights,
+        objective=None if objective is None else objective.value,
+        pareto=pareto or None,
+        equal_weights=equal_weights or None,
         memory=memory,
         seed=seed,
         overwrite=overwrite,

@@ -42,7 +42,7 @@ def run(
     In Python: orthoft.recipes.run("recipes/configs/minilm.yaml", ["seed=1", "output=runs/second"])
     """
     from orthoft import recipes
-    from orthoft.recipes.prepare import RESULTS
+    from orthoft.recipes.layout import RESULTS
     from orthoft.recipes.table import results_table
 
     overrides = out.overrides(set_, device=device, dtype=dtype)

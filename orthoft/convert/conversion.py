@@ -17,6 +17,7 @@ from orthoft.errors import unknown
 from orthoft.merging.files.hub import base_of, find_folder
 from orthoft.merging.files.tensors import TensorFolder
 from orthoft.merging.files.writer import new_folder, refuse_existing, write_json, write_text
+from orthoft.merging.prepared import refuse_what_is_read
 from orthoft.merging.reports.card import CARD
 from orthoft.merging.sources.adapter import AdapterSource
 from orthoft.merging.sources.names import EMBEDDING
@@ -142,17 +143,20 @@ class Opened:
         return shared | ({"bias": only if trained.endswith("_only") else trained} if bias else {})
 
 
-def open_adapter(adapter: str | Path, base: str | Path | None) -> Opened:
-    """Open the folder or Hub id of an adapter, on the base it names unless one is given.
+def open_adapter(adapter: str | Path, base: str | Path | None, out: str | Path | None = None) -> Opened:
+    """Open the folder or Hub id of an adapter, on the base it names unless one is given; ``out`` will be replaced.
 
     Raises:
         FileNotFoundError: the adapter or the base is missing.
-        ValueError: a corrupt file, an unknown format, an adapter of another base, or one that holds nothing.
+        ValueError: a corrupt file, an unknown format, an adapter of another base, or one that holds nothing; or ``out``
+            holds the adapter or its base, or is a part of them.
     """
     folder = find_folder(adapter, "adapter")
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"no adapter in {folder}: it has no adapter_config.json")
     tensors = TensorFolder(find_folder(base_of(folder) if base is None else base, "base"))
+    if out is not None:
+        refuse_what_is_read(Path(out), [folder, tensors.folder], "converted")
     source = AdapterSource(str(adapter), folder, tensors)
     if not source.inputs_first:
         raise ValueError(f"{folder} adapts no weight, it only holds saved modules: there is nothing to convert")
@@ -187,11 +191,12 @@ def converted(
 
     Raises:
         FileNotFoundError, FileExistsError: the adapter or its base is missing, ``out`` exists.
-        ValueError: ``formats`` has no such kind (it is called ``what``), or the new format cannot hold it.
+        ValueError: ``formats`` has no such kind (it is called ``what``), the new format cannot hold it, or ``out`` may
+            not be replaced, as it holds what is read or is a part of it.
     """
     if out is not None:
         refuse_existing(Path(out), overwrite)
-    opened = open_adapter(adapter, base)
+    opened = open_adapter(adapter, base, out)
     if opened.source.kind not in formats:
         raise unknown(what, opened.source.kind, formats)
     conversion = formats[opened.source.kind](opened, tolerance)

@@ -17,8 +17,9 @@ from orthoft.convert.gguf_layout import NOT_STORED, Layout, frequency_divisors, 
 from orthoft.convert.gguf_tokenizer import words_of
 from orthoft.convert.lora import to_lora
 from orthoft.errors import unknown
-from orthoft.merging.files.hub import find_folder
+from orthoft.merging.files.hub import base_of, find_folder
 from orthoft.merging.files.tensors import TensorFolder, read_json
+from orthoft.merging.prepared import refuse_what_is_read
 
 STORED = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 PREFIX, FACTOR = "base_model.model.", ".lora_A.weight"
@@ -64,18 +65,19 @@ def to_gguf(
 
     Raises:
         FileNotFoundError, FileExistsError: the model or its tokenizer is missing, ``out`` exists.
-        ValueError: the `gguf` package is missing, the architecture or tokenizer is none of these, or a tensor has no
-            place there.
+        ValueError: the `gguf` package is missing, the architecture or tokenizer is none of these, a tensor has no place
+            there, or ``out`` would replace a file of the model or of its base.
     """
     _need_gguf()
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype of GGUF", dtype, DTYPES)
-    refuse_existing_file(Path(out), overwrite)
+    refuse_existing_file(out, overwrite)
     folder = find_folder(model, "model")
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder, Path(out), dtype or "f32", base, rank, overwrite)
     if base is not None or rank is not None:
         raise ValueError(f"base and rank are of adapters, {folder} is a checkpoint")
+    refuse_what_is_read(Path(out), [folder], "converted")
     return _checkpoint(folder, Path(out), dtype, overwrite)
 
 
@@ -128,8 +130,9 @@ def _told(stored: TensorFolder, layout: Layout, name: str, dtype: str) -> Told:
 
 
 def _adapter(folder: Path, out: Path, dtype: str, base: str | Path | None, rank: int | None, over: bool) -> GgufFile:
+    home = find_folder(base or base_of(folder), "base")
+    refuse_what_is_read(out, [folder, home], "converted")
     lora = to_lora(folder, base=base, rank=rank, pad_rank=True)
-    home = find_folder(base or lora.config["base_model_name_or_path"], "base")
     layout = layout_of(read_json(home / "config.json"))
     factors = _factors(lora, layout)
 

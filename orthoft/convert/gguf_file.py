@@ -107,9 +107,10 @@ def _new_file(out: Path, overwrite: bool) -> Iterator[Path]:
         raise
 
 
-def refuse_existing_file(out: Path, overwrite: bool) -> None:
-    """Raise a FileExistsError if ``out`` is a folder, or a file that may not be overwritten."""
-    if out.is_dir():
-        raise FileExistsError(f"{out} is a folder: a GGUF is one file, choose a name like {out / 'model.gguf'}")
-    if out.exists() and not overwrite:
+def refuse_existing_file(out: str | Path, overwrite: bool) -> None:
+    """Raise a FileExistsError if ``out`` is a folder or is written as one, or a file that may not be overwritten."""
+    file = Path(out)
+    if file.is_dir() or not os.path.basename(out):
+        raise FileExistsError(f"{file} is a folder: a GGUF is one file, choose a name like {file / 'model.gguf'}")
+    if file.exists() and not overwrite:
         raise FileExistsError(f"output file exists: {out} (choose another, or replace it by overwrite)")

@@ -42,7 +42,8 @@ def from_peft(
 
     Raises:
         FileNotFoundError, FileExistsError: the adapter or its base is missing, ``out`` exists.
-        ValueError: ours cannot hold it, which the message says of a field; or the adapter is not of this base.
+        ValueError: ours cannot hold it, which the message says of a field; the adapter is not of this base; or ``out``
+            holds what is read, or is a part of it.
     """
     return converted(READERS, "adapter of PEFT", adapter, out, base, tolerance, overwrite)
 

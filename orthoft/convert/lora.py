@@ -18,6 +18,7 @@ from orthoft.delta import Delta, LowRank
 from orthoft.linalg import at_least_float32
 from orthoft.merging.files.writer import refuse_existing
 from orthoft.merging.outputs.lora import lora_config
+from orthoft.merging.prepared import refuse_what_is_read
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def to_lora(
         FileNotFoundError, FileExistsError: the adapter or its base is missing, ``out`` exists.
         ValueError: the adapter is not of this base, has no exact form and no ``rank`` is given, is merged, or sits in a
             model on a convolution that a LoRA of PEFT computes otherwise (groups, dilation, padding other than zeros;
-            files do not tell, so that from a folder the result has a note).
+            files do not tell, so that from a folder the result has a note); ``out`` holds what is read, or is a part.
         TypeError: neither a folder nor a PeftModel.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
@@ -68,9 +69,9 @@ def to_lora(
     if out is not None:
         refuse_existing(Path(out), overwrite)
     if isinstance(adapter, str | Path):
-        conversion = _from_folder(adapter, base, rank, progress)
+        conversion = _from_folder(adapter, base, out, rank, progress)
     else:
-        conversion = _from_model(adapter, adapter_name, rank, progress)
+        conversion = _from_model(adapter, adapter_name, out, rank, progress)
     if pad_rank:
         conversion = at_one_rank(conversion)
     if out is not None:
@@ -78,8 +79,10 @@ def to_lora(
     return conversion
 
 
-def _from_folder(adapter: str | Path, base: str | Path | None, rank: int | None, progress: bool) -> Conversion:
-    opened = open_adapter(adapter, base)
+def _from_folder(
+    adapter: str | Path, base: str | Path | None, out: str | Path | None, rank: int | None, progress: bool
+) -> Conversion:
+    opened = open_adapter(adapter, base, out)
     source = opened.source
 
     def change(name: str) -> Change:
@@ -102,7 +105,7 @@ def _from_folder(adapter: str | Path, base: str | Path | None, rank: int | None,
     return conversion
 
 
-def _from_model(model: Any, adapter_name: str, rank: int | None, progress: bool) -> Conversion:
+def _from_model(model: Any, adapter_name: str, out: str | Path | None, rank: int | None, progress: bool) -> Conversion:
     from orthoft.errors import unknown
     from orthoft.layer import OrthoLayer
 
@@ -120,7 +123,10 @@ def _from_model(model: Any, adapter_name: str, rank: int | None, progress: bool)
         raise ValueError(f"{adapter_name!r} is no adapter of orthoft: it is a {type(configs[adapter_name]).__name__}")
     dense = [name for name, layer in layers.items() if _change_of(name, layer, adapter_name, 1).delta.rank() is None]
     changes = (_change_of(name, layer, adapter_name) for name, layer in layers.items())  # one at a time in memory
-    config, saved = _saved_config(model, adapter_name), _saved_beside(model, adapter_name, list(layers))
+    config = _saved_config(model, adapter_name)
+    if out is not None and (base := config["base_model_name_or_path"]) and Path(base).is_dir():
+        refuse_what_is_read(Path(out), [Path(base)], "converted")
+    saved = _saved_beside(model, adapter_name, list(layers))
     _need_a_rank(f"adapter {adapter_name!r}", config["peft_type"], rank, dense)
     return _lora(changes, config, saved, rank, len(layers) if progress else 0)
 

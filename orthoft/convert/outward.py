@@ -38,7 +38,8 @@ def to_peft(
 
     Raises:
         FileNotFoundError, FileExistsError: the adapter or its base is missing, ``out`` exists.
-        ValueError: PEFT's format cannot hold it, which the message says of a field; or the adapter is not of this base.
+        ValueError: PEFT's format cannot hold it, which the message says of a field; the adapter is not of this base; or
+            ``out`` holds what is read, or is a part of it.
     """
     return converted(WRITERS, "adapter for PEFT's own formats", adapter, out, base, tolerance, overwrite)
 

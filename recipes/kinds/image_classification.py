@@ -31,6 +31,9 @@ class ImageClassification(Probed[Words]):
     def columns(self) -> list[str]:
         return [self.task.data.image, self.task.data.label]
 
+    def text_columns(self) -> list[str]:
+        return [self.task.data.label]
+
     def classes(self, rows: Sequence[Row]) -> list[str]:
         return class_names([row[self.task.data.label] for row in rows])
 

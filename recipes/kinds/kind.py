@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from orthoft.recipes.data import Row, read_splits, require
+from orthoft.recipes.data import Row, read_splits, require_row
 from orthoft.recipes.head import Head
-from orthoft.recipes.task_schema import TaskBase
+from orthoft.recipes.task_schema import Split, TaskBase
 
 IGNORED = -100  # the label of what no loss looks at
 Example = dict[str, Any]
@@ -65,6 +65,10 @@ class Kind(ABC, Generic[T]):
     @abstractmethod
     def columns(self) -> list[str]:
         """Return the columns that every row must have."""
+
+    def text_columns(self) -> list[str]:
+        """Return those of the columns that hold texts, not names of files."""
+        return self.columns()
 
     def classes(self, rows: Sequence[Row]) -> list[str]:
         """Return the names of the classes in the train rows, in order."""
@@ -121,9 +125,11 @@ class Kind(ABC, Generic[T]):
         Raises:
             ValueError: rows without a column, or which the kind cannot use.
         """
-        rows = read_splits(self.task.data, seed)
-        for split in rows:
-            require(rows[split], self.columns(), f"{self.task.name} {split}")
+
+        def check(row: Row, split: Split, place: str) -> None:
+            require_row(row, self.columns(), self.text_columns(), f"{self.task.name} {split}", place)
+
+        rows = read_splits(self.task.data, seed, check)
         classes = self.classes(rows["train"])
         found = {split: self.examples(rows[split], classes, split) for split in rows}
         return TaskData(found["train"], found["tuning"], found["test"], classes)

@@ -1,0 +1,162 @@
+"""The output folder of a recipe: locked, opened once all is checked, given back as it was if nothing comes of a run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from pathlib import Path
+
+import yaml
+
+from orthoft.merging.resume.lock import locked
+from orthoft.merging.statistics import KINDS
+from orthoft.recipes.layout import (
+    ALL,
+    EXPERTS,
+    FINISHED,
+    MADE_OF_EXPERTS,
+    RECIPE,
+    RESULTS,
+    STATISTICS,
+    expert_folder,
+    head_file,
+    statistics_of,
+    trainer_folder,
+)
+from orthoft.recipes.load import read_yaml
+from orthoft.recipes.schema import Again, Recipe
+from orthoft.recipes.whole import write_whole_text
+
+BEFORE = ".before"  # what a run replaces, until it has succeeded
+TRAINS = ("base", "dtype", "quantization", "seed", "tasks", "train_to_merge")  # words that experts depend on
+Say = Callable[[str], None]
+
+
+@contextmanager
+def tasks_locked(out: Path, tasks: Sequence[str]) -> Iterator[None]:
+    """Hold the locks of tasks of an output: processes that train others of its tasks do not disturb each other.
+
+    Raises:
+        FileExistsError: another process works on one of them.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as locks:
+        for name in tasks:
+            locks.enter_context(locked(expert_folder(out, name), out.with_name(f".{out.name}.{name}.lock")))
+        yield
+
+
+@contextmanager
+def output_opened(recipe: Recipe, out: Path, again: Again, tasks: Sequence[str] | None, say: Say) -> Iterator[None]:
+    """Lock the output folder and write the recipe into it; an unfinished run of the same training is taken up again.
+
+    ``again`` says what becomes of another run, or a finished one. Overwriting replaces what a run writes, and nothing
+    else: of a choice of tasks, their experts alone. Keeping the experts replaces what was made of them, as both do.
+    What is replaced waits in ``.before`` until the block has succeeded, and is put back if it fails with nothing made.
+
+    Raises:
+        FileExistsError: there is something else, a finished run, or one that trains otherwise; or another process
+            writes it.
+    """
+    with tasks_locked(out, [task.name for task in recipe.tasks] if tasks is None else tasks):
+        _refuse(recipe, out, again)
+        out.mkdir(parents=True, exist_ok=True)
+        moved = _set_aside(out, [] if again == "no" else _replaced(out, again, tasks))
+        known = _made(out)
+        try:
+            write_whole_text(out / RECIPE, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+            yield
+        except BaseException:
+            if _made(out) <= known:
+                _give_back(out, moved)
+            elif moved:
+                say(f"what this run was to replace waits in {out / BEFORE} until a run succeeds")
+            raise
+        shutil.rmtree(out / BEFORE, ignore_errors=True)
+
+
+def refuse_own_inputs(recipe: Recipe, base: Path, out: Path) -> None:
+    """Check that a run does not write what it reads.
+
+    Raises:
+        ValueError: it would.
+    """
+    general = recipe.train_to_merge.general if recipe.train_to_merge else None
+    data = [(f"data of {t.name}", file) for t in recipe.tasks for file in (t.data.train, t.data.tuning, t.data.test)]
+    written = [(out / name).resolve() for name in ALL]
+    for what, path in [("base", base), ("train_to_merge.general", general), *data]:
+        if path is not None and any(Path(path).resolve().is_relative_to(place) for place in written):
+            raise ValueError(f"{what}: {path} is among what this run writes to {out}: choose another output")
+
+
+def _refuse(recipe: Recipe, out: Path, again: Again) -> None:
+    known = (out / RECIPE).is_file() or (out / BEFORE).is_dir()
+    if out.exists() and not (out.is_dir() and (known or not any(out.iterdir()))):
+        raise FileExistsError(f"{out} exists and is not a run of a recipe: choose another output")
+    if again != "no":
+        return
+    if (out / RESULTS).is_file():
+        raise FileExistsError(
+            f"{out} holds a finished run: `orthoft run` with --keep-experts merges anew, --overwrite trains again; "
+            "or choose another output"
+        )
+    if (out / RECIPE).is_file():
+        before, words = read_yaml(out / RECIPE), recipe.model_dump(mode="json")
+        if any(before.get(key) != words[key] for key in TRAINS):
+            raise FileExistsError(
+                f"{out} holds a run of another recipe: --keep-experts trains only what changed, --overwrite starts "
+                "again; or choose another output"
+            )
+
+
+def _replaced(out: Path, again: Again, tasks: Sequence[str] | None) -> list[Path]:
+    """Return what a run replaces."""
+    if again == "overwrite" and tasks is None:
+        return [out / name for name in ALL]
+    of_tasks = chain.from_iterable(_of_expert(out, name) for name in tasks or ()) if again == "overwrite" else ()
+    return [*(out / name for name in (RECIPE, *MADE_OF_EXPERTS)), *of_tasks]
+
+
+def _of_expert(out: Path, name: str) -> Iterator[Path]:
+    """Yield all that there is of an expert: its checkpoints, its statistics and its head, too."""
+    folder = expert_folder(out, name)
+    head = head_file(folder)
+    yield from (folder, trainer_folder(folder), head, head.with_suffix(".json"))
+    yield from (statistics_of(out / STATISTICS, name, kind) for kind in KINDS)
+
+
+def _set_aside(out: Path, paths: Sequence[Path]) -> list[Path]:
+    """Move what is replaced, and return what was moved; what waits of an earlier run stays, and is not replaced."""
+    moved = []
+    for path in paths:
+        place = out / BEFORE / path.relative_to(out)
+        if place.exists():
+            _remove(path)
+        elif path.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(place)
+            moved.append(path)
+    return moved
+
+
+def _give_back(out: Path, moved: Sequence[Path]) -> None:
+    for path in moved:
+        _remove(path)
+        (out / BEFORE / path.relative_to(out)).rename(path)
+    if not any(path.is_file() for path in (out / BEFORE).rglob("*")):
+        shutil.rmtree(out / BEFORE, ignore_errors=True)
+
+
+def _made(out: Path) -> set[tuple[Path, int]]:
+    """Return what a next run could go on from, with times: experts, checkpoints, what was made of experts."""
+    experts = out / EXPERTS
+    found = (*experts.glob(f"*/{FINISHED}"), *experts.glob(".*.trainer/checkpoint-*"))
+    return {
+        (path, path.stat().st_mtime_ns) for path in (*found, *(out / name for name in MADE_OF_EXPERTS)) if path.exists()
+    }
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
