@@ -65,7 +65,7 @@ audit: $(BIN)/.ready  ## consistent versions, and the pinned ones against publis
 check: lint types audit
 
 faults: export OMP_NUM_THREADS = 1
-faults: $(BIN)/.ready  ## for every night: 50 kills, full disks, odd locales (minutes)
+faults: $(BIN)/.ready  ## for every night: 50 kills of merges and 50 of runs, full disks, odd locales (minutes)
 	$(BIN)/python scripts/faults.py --rounds 50
 
 clean:

@@ -160,6 +160,7 @@ class Run:
             if state.num_processes > 1:
                 limit = to_train[0].task.training.get("ddp_timeout", 1800)
                 self.say(f"  the other processes wait, {limit} s at most: training.ddp_timeout allows more")
+            self.out.mkdir(parents=True, exist_ok=True)
             with self.timed("subspaces"), roomy("subspaces", LOWER), locked(folder):
                 save_subspaces(self.recipe, self.base, folder)
             release_memory()
@@ -201,8 +202,7 @@ class Run:
         if export.lora is not None:
             self._merged("merge-lora", self.out / MERGED_LORA, words, output="lora", rank=export.lora.rank)
             with self.timed("evaluate"):
-                model = self.evaluation.load(self.base, self.out / MERGED_LORA)
-                self.evaluation.score("merge-lora", model, self.ready)
+                self.evaluation.score("merge-lora", self.evaluation.load(self.base, self.out / MERGED_LORA), self.ready)
         if (harness := self.recipe.evaluate.harness) is not None:
             release_memory()
             with self.timed("harness"):

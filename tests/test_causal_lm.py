@@ -297,7 +297,8 @@ def test_statistics_are_of_the_first_examples_and_not_of_the_first_rows(base: Pa
     for mine, theirs in zip(load_file(file).values(), load_file(want).values(), strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-4)
     with safe_open(file, "pt") as found:
-        assert found.metadata() == {"kind": "gram", "examples": "4"}
+        told = {"kind": "gram", "examples": "4", "asked": "4", "only": '["*q_proj*"]'}
+        assert found.metadata() == told
 
 
 # Answers

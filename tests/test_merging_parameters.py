@@ -215,9 +215,9 @@ def test_a_conversion_does_not_lose_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        *(({"peft_type": kind}, f"its peft_type '{kind}' is not read: load it in PEFT, m") for kind in sorted(MERGED_BY_PEFT)),
+        *(({"peft_type": kind}, f"its peft_type '{kind}' is not read: load it in ") for kind in sorted(MERGED_BY_PEFT)),
         *(({"peft_type": kind}, f"its peft_type '{kind}' is a prompt, which no change of") for kind in sorted(PROMPTS)),
-        *(({field: True}, f"it uses {field}, which is not read: load it in PEFT, merge_and_unl") for field in sorted(UNREAD)),
+        *(({field: True}, f"it uses {field}, which is not read: load it in PEFT, merge") for field in sorted(UNREAD)),
     ],
 )
 def test_what_is_not_read_is_told_with_what_to_do(change: Words, message: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from orthoft import ADAPTERS, GOFTConfig, HRAConfig, OFTv2Config, PSOFTConfig, SVFTConfig
 from orthoft.config import OrthoConfig
 
-EXAMPLES = 10
+EXAMPLES = 5
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 3e-2}  # parameters and bases are float32
 
 

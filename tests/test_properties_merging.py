@@ -18,7 +18,7 @@ from orthoft.merging import METHODS, SPACES, merge_deltas
 from orthoft.merging.weightwise import weight_generator
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
-EXAMPLES = 8
+EXAMPLES = 5
 EXACT = [name for name, space in SPACES.items() if space.isometric]
 by_method = pytest.mark.parametrize("name", METHODS)
 often = settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
