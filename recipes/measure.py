@@ -75,16 +75,17 @@ def measure(
     files = {name: statistics_of(folder, name, kind) for name in _chosen(checked, tasks)}
     if taken := [str(file) for file in files.values() if file.exists() and not overwrite]:
         raise FileExistsError(f"statistics exist: {', '.join(taken)}: give --overwrite, or choose another folder")
-    wanted = Measured(examples=examples, only=list(only))
-    with quiet(), tasks_locked(Path(checked.output), list(files)):
+    wanted = Measured(examples=examples, only=list(only) or ["*"])
+    with quiet():
         check(checked)
         if checked.threads is not None:
             torch.set_num_threads(checked.threads)
         base = find_folder(checked.base, "base")
-        for ready in read_experts(checked, base):
-            if (name := ready.task.name) in files:
-                _measure_one(checked, base, ready, kind, files[name], wanted)
-                say(f"{name}: {files[name]}")
+        experts = [ready for ready in read_experts(checked, base) if ready.task.name in files]
+        with tasks_locked(Path(checked.output), list(files)):
+            for ready in experts:
+                _measure_one(checked, base, ready, kind, file := files[ready.task.name], wanted)
+                say(f"{ready.task.name}: {file}")
     job_file = folder / f"merge-{kind}.yaml"
     job_file.write_text(yaml.safe_dump(merge_job(checked, kind, folder), sort_keys=False), encoding="utf-8")
     told = {name: str(file) for name, file in files.items()}

@@ -41,7 +41,6 @@ def tasks_locked(out: Path, tasks: Sequence[str]) -> Iterator[None]:
     Raises:
         FileExistsError: another process works on one of them.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as locks:
         for name in tasks:
             locks.enter_context(locked(expert_folder(out, name), out.with_name(f".{out.name}.{name}.lock")))
@@ -60,6 +59,7 @@ def output_opened(recipe: Recipe, out: Path, again: Again, tasks: Sequence[str] 
         FileExistsError: there is something else, a finished run, or one that trains otherwise; or another process
             writes it.
     """
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tasks_locked(out, [task.name for task in recipe.tasks] if tasks is None else tasks):
         _refuse(recipe, out, again)
         out.mkdir(parents=True, exist_ok=True)
@@ -143,8 +143,9 @@ def _set_aside(out: Path, paths: Sequence[Path]) -> list[Path]:
 
 def _give_back(out: Path, moved: Sequence[Path]) -> None:
     for path in moved:
-        _remove(path)
-        (out / BEFORE / path.relative_to(out)).rename(path)
+        if (place := out / BEFORE / path.relative_to(out)).exists():  # else a run of other tasks succeeded meanwhile
+            _remove(path)
+            place.rename(path)
     if not any(path.is_file() for path in (out / BEFORE).rglob("*")):
         shutil.rmtree(out / BEFORE, ignore_errors=True)
 

@@ -81,14 +81,16 @@ def search(
         **_given(equal_weights=equal_weights, memory=memory, seed=seed),
     }
     words = ((checked.merge.search if checked.merge else None) or MergeSearch()).model_copy(update=given)
-    with quiet(), tasks_locked(Path(checked.output), [task.name for task in checked.tasks]):
+    with quiet():
         check(checked)
         if checked.threads is not None:
             torch.set_num_threads(checked.threads)
         if PartialState().num_processes > 1:
             raise ValueError("a search works in one process: start it without accelerate or torchrun")
         base = find_folder(checked.base, "base")
-        return searched(checked, base, read_experts(checked, base), words, overwrite, say).to_dict()
+        experts = read_experts(checked, base)
+        with tasks_locked(Path(checked.output), [task.name for task in checked.tasks]):
+            return searched(checked, base, experts, words, overwrite, say).to_dict()
 
 
 def _given(**words: Any) -> dict[str, Any]:
