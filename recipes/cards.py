@@ -64,6 +64,13 @@ def write_expert(results: Results, ready: Ready) -> None:
     write_whole_text(folder / CARD, expert_card(results, name))
 
 
+def _searched(found: Mapping[str, Any] | None) -> list[str]:
+    """Return the sentence on how the words of a merge were found, if they were searched."""
+    if found is None:
+        return []
+    return [f"Its words are the best of {found['trials'] + 1} merges on the tuning splits: {found['best']}."]
+
+
 def expert_card(results: Results, task: str) -> str:
     """Return the model card of one task's expert."""
     recipe, folder = results["recipe"], Path(results["experts"][task]["folder"])
@@ -130,6 +137,7 @@ def measured(results: Results, row: str) -> list[str]:
         *markdown(rows),
         "",
         "On the test splits, one seed. Gain kept is (merge - base) / (expert - base), a share of what training gained.",
+        *_searched(results.get("search")),
         *([OWN_HEADS.format(", ".join(probed))] if probed else []),
         *(["`merge-refit` is this model under the heads in `heads`, fitted anew on its features."] if refit else []),
         *_how_trained(results["recipe"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
@@ -16,6 +16,7 @@ from orthoft.recipes.layout import (
     ALL,
     EXPERTS,
     FINISHED,
+    HEADS,
     MADE_OF_EXPERTS,
     RECIPE,
     RESULTS,
@@ -25,10 +26,10 @@ from orthoft.recipes.layout import (
     statistics_of,
     trainer_folder,
 )
-from orthoft.recipes.load import read_yaml
 from orthoft.recipes.schema import Again, Recipe
 from orthoft.recipes.whole import write_whole_text
 
+OF_TASKS = (EXPERTS, HEADS, STATISTICS)  # folders with something of each task
 BEFORE = ".before"  # what a run replaces, until it has succeeded
 TRAINS = ("base", "dtype", "quantization", "seed", "tasks", "train_to_merge")  # words that experts depend on
 Say = Callable[[str], None]
@@ -42,17 +43,21 @@ def tasks_locked(out: Path, tasks: Sequence[str]) -> Iterator[None]:
         FileExistsError: another process works on one of them.
     """
     with ExitStack() as locks:
-        for name in tasks:
-            locks.enter_context(locked(expert_folder(out, name), out.with_name(f".{out.name}.{name}.lock")))
+        place = out.resolve()  # "." has no name
+        for name in dict.fromkeys(tasks):
+            locks.enter_context(locked(expert_folder(out, name), place.with_name(f".{place.name}.{name}.lock")))
         yield
 
 
 @contextmanager
-def output_opened(recipe: Recipe, out: Path, again: Again, tasks: Sequence[str] | None, say: Say) -> Iterator[None]:
+def output_opened(
+    recipe: Recipe, out: Path, again: Again, tasks: Sequence[str] | None, say: Say, outdated: Sequence[str] = ()
+) -> Iterator[None]:
     """Lock the output folder and write the recipe into it; an unfinished run of the same training is taken up again.
 
     ``again`` says what becomes of another run, or a finished one. Overwriting replaces what a run writes, and nothing
-    else: of a choice of tasks, their experts alone. Keeping the experts replaces what was made of them, as both do.
+    else: of a choice of tasks, their experts alone. Keeping the experts replaces what was made of them, as both do, and
+    the ``outdated`` ones, which train again.
     What is replaced waits in ``.before`` until the block has succeeded, and is put back if it fails with nothing made.
 
     Raises:
@@ -63,18 +68,23 @@ def output_opened(recipe: Recipe, out: Path, again: Again, tasks: Sequence[str] 
     with tasks_locked(out, [task.name for task in recipe.tasks] if tasks is None else tasks):
         _refuse(recipe, out, again)
         out.mkdir(parents=True, exist_ok=True)
-        moved = _set_aside(out, [] if again == "no" else _replaced(out, again, tasks))
+        replaced = [] if again == "no" else _replaced(out, again, tasks)
+        old = [path for name in outdated for path in _of_expert(out, name)]
+        waiting = _set_aside(out, [*replaced, *(path for path in old if path.exists())])
         known = _made(out)
         try:
             write_whole_text(out / RECIPE, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
             yield
         except BaseException:
             if _made(out) <= known:
-                _give_back(out, moved)
-            elif moved:
+                _give_back(out, waiting)
+            elif waiting:
                 say(f"what this run was to replace waits in {out / BEFORE} until a run succeeds")
             raise
-        shutil.rmtree(out / BEFORE, ignore_errors=True)
+        for path in (*waiting, *_replaced(out, "overwrite", tasks)):
+            if tasks is None or path.parent != out or path in waiting:  # a run of other tasks may want the others back
+                _remove(out / BEFORE / path.relative_to(out))
+        _tidy(out)
 
 
 def refuse_own_inputs(recipe: Recipe, base: Path, out: Path) -> None:
@@ -103,7 +113,8 @@ def _refuse(recipe: Recipe, out: Path, again: Again) -> None:
             "or choose another output"
         )
     if (out / RECIPE).is_file():
-        before, words = read_yaml(out / RECIPE), recipe.model_dump(mode="json")
+        before = yaml.safe_load((out / RECIPE).read_text(encoding="utf-8"))  # as it was written
+        words = recipe.model_dump(mode="json")
         if any(before.get(key) != words[key] for key in TRAINS):
             raise FileExistsError(
                 f"{out} holds a run of another recipe: --keep-experts trains only what changed, --overwrite starts "
@@ -127,25 +138,38 @@ def _of_expert(out: Path, name: str) -> Iterator[Path]:
     yield from (statistics_of(out / STATISTICS, name, kind) for kind in KINDS)
 
 
-def _set_aside(out: Path, paths: Sequence[Path]) -> list[Path]:
-    """Move what is replaced, and return what was moved; what waits of an earlier run stays, and is not replaced."""
-    moved = []
+def _set_aside(out: Path, paths: Iterable[Path]) -> list[Path]:
+    """Move what is replaced, and return of what something waits; what waits of an earlier run stays."""
+    waiting = []
     for path in paths:
         place = out / BEFORE / path.relative_to(out)
+        if path.parent == out and path.name in OF_TASKS and place.is_dir():  # something of some tasks waits
+            inner = [*place.iterdir(), *(path.iterdir() if path.is_dir() else ())]
+            waiting += _set_aside(out, dict.fromkeys(path / one.name for one in inner))
+            _remove(path)
+            continue
         if place.exists():
             _remove(path)
         elif path.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             path.rename(place)
-            moved.append(path)
-    return moved
+        else:
+            continue
+        waiting.append(path)
+    return waiting
 
 
-def _give_back(out: Path, moved: Sequence[Path]) -> None:
-    for path in moved:
-        if (place := out / BEFORE / path.relative_to(out)).exists():  # else a run of other tasks succeeded meanwhile
+def _give_back(out: Path, waiting: Sequence[Path]) -> None:
+    for path in waiting:
+        if (place := out / BEFORE / path.relative_to(out)).exists():
             _remove(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
             place.rename(path)
+    _tidy(out)
+
+
+def _tidy(out: Path) -> None:
+    """Remove the place of what waits if nothing does."""
     if not any(path.is_file() for path in (out / BEFORE).rglob("*")):
         shutil.rmtree(out / BEFORE, ignore_errors=True)
 

@@ -33,7 +33,7 @@ from orthoft.recipes.finetune import train
 from orthoft.recipes.harness import run_harness
 from orthoft.recipes.head import Head
 from orthoft.recipes.keep_away import KeepAway
-from orthoft.recipes.layout import MERGED, MERGED_LORA, RESULTS, SEARCH, SUBSPACES, expert_folder, head_file
+from orthoft.recipes.layout import FINISHED, MERGED, MERGED_LORA, RESULTS, SEARCH, SUBSPACES, expert_folder, head_file
 from orthoft.recipes.measure import measured
 from orthoft.recipes.models import how_to_load
 from orthoft.recipes.output import output_opened, refuse_own_inputs
@@ -71,8 +71,8 @@ def run_recipe(
         run = Run(recipe, base, Path(recipe.output), say if state.is_main_process else _silent)
         refuse_own_inputs(recipe, base, run.out)
         run.read(chosen)
-        opened = output_opened(recipe, run.out, again, tasks, say) if state.is_main_process else nullcontext()
-        with opened:
+        opened = output_opened(recipe, run.out, again, tasks, say, run.outdated())
+        with opened if state.is_main_process else nullcontext():
             state.wait_for_everyone()
             run.finetune()
             if until == "finetune" or not state.is_main_process:
@@ -116,6 +116,11 @@ class Run:
         """Turn every task's rows into examples, so that a mistake there costs nothing."""
         with self.timed("data"):
             self.ready = read_tasks(self.recipe, tasks, self.base)
+
+    def outdated(self) -> list[str]:
+        """Return the tasks whose finished experts are of another training."""
+        there = [ready for ready in self.ready if (self.expert(ready.task.name) / FINISHED).is_file()]
+        return [ready.task.name for ready in there if finished(self.expert(ready.task.name), ready.mark) is None]
 
     def finetune(self) -> None:
         """Train one expert after the other, or take up a finished one."""
@@ -209,16 +214,16 @@ class Run:
                 self.results["harness"] = run_harness(self.recipe, harness, self.out / MERGED, self.say)
 
     def measure(self, wanted: Merge) -> None:
-        """Measure what the recipe's method merges with, if it takes numbers from data."""
-        if (kind := STATISTICS_OF.get(wanted.method)) is None:
-            return
-        self.say(f"measuring the experts for {wanted.method}")
-        with self.timed("statistics"), roomy(f"{kind} statistics", LOWER):
-            measured(self.recipe, self.base, self.ready, kind, wanted.statistics, self.say)
-        release_memory()
+        """Measure what the methods that the recipe names merge with, if they take numbers from data."""
+        named = (wanted.method, *((wanted.search.methods or ()) if wanted.search else ()))
+        for kind, method in {STATISTICS_OF[name]: name for name in named if name in STATISTICS_OF}.items():
+            self.say(f"measuring the experts for {method}")
+            with self.timed("statistics"), roomy(f"{kind} statistics", LOWER):
+                measured(self.recipe, self.base, self.ready, kind, wanted.statistics, self.say)
+            release_memory()
 
     def search(self, wanted: MergeSearch) -> dict[str, Any]:
-        """Return the words of the merge that does best on the tuning splits; another search in the output goes."""
+        """Return the words of the merge that does best on the tuning splits; another search there steps aside."""
         self.say("searching a merge")
         with self.timed("search"):
             found = searched(self.recipe, self.base, self.ready, wanted, None, self.say)

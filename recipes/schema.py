@@ -57,9 +57,10 @@ class MergeSearch(Strict):
     """What `orthoft run` searches before it merges, on the tuning splits, in the words of ``orthoft.recipes.search``.
 
     The recipe's own merge is tried first; what does best is written. A method that draws takes the recipe's seed.
+    ``trials`` are 50 unless a number or minutes are given, ``memory`` is in GB.
     """
 
-    trials: PositiveInt | None = None  # 50 unless a number or minutes are given
+    trials: PositiveInt | None = None
     minutes: PositiveFloat | None = None
     methods: list[str] | None = None
     spaces: list[str] | None = None
@@ -67,7 +68,7 @@ class MergeSearch(Strict):
     objective: Objective = "gain"
     pareto: bool = False
     equal_weights: bool = False
-    memory: PositiveFloat = 8.0  # GB
+    memory: PositiveFloat = 8.0
     seed: Seed | None = None
 
 

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 
 from orthoft.merging.files.hub import find_folder
+from orthoft.recipes.devices import roomy
 from orthoft.recipes.expert import Ready, read_experts
 from orthoft.recipes.load import load
 from orthoft.recipes.output import tasks_locked
@@ -105,6 +106,7 @@ def searched(
     recipe: Recipe, base: Path, ready: Sequence[Ready], words: MergeSearch, again: bool | None, say: Say
 ) -> Found:
     """Search as ``words`` say and return what was found; ``again`` is that of `Search`."""
-    under_way = Search(recipe, base, ready, aim_of(words, recipe), words.memory, again, say)
-    under_way.spend(TRIALS if words.trials is None and words.minutes is None else words.trials, words.minutes)
-    return under_way.finish()
+    with roomy("search", "evaluate.batch_size"):
+        under_way = Search(recipe, base, ready, aim_of(words, recipe), words.memory, again, say)
+        under_way.spend(TRIALS if words.trials is None and words.minutes is None else words.trials, words.minutes)
+        return under_way.finish()

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from orthoft.delta import Delta
+from orthoft.merging.statistics import STATISTICS_OF
 from orthoft.recipes.expert import Ready
 from orthoft.recipes.layout import SEARCH, expert_folder
 from orthoft.recipes.schema import Recipe, as_arguments
@@ -57,7 +58,7 @@ class Search:
     def __init__(
         self, recipe: Recipe, base: Path, ready: Sequence[Ready], aim: Aim, memory: float, again: bool | None, say: Say
     ) -> None:
-        """Open it; ``again`` says whether to begin anew, None that this is done where another search is in the way."""
+        """Open it; ``again`` says whether to begin anew, None that another search in the way steps aside."""
         self.recipe, self.ready, self.aim, self.say, self.out = recipe, ready, aim, say, Path(recipe.output) / SEARCH
         self.tasks, self.metrics = (
             [task.name for task in recipe.tasks],
@@ -69,20 +70,30 @@ class Search:
         self._always = (
             {} if wanted is None else wanted.model_dump(include={"include", "exclude"}, exclude_defaults=True)
         )
-        if again is None:
-            again = bool(changed(self.out, self._identity()))
+        if again is None and (what := changed(self.out, self._identity())):
+            kept = self.out.with_name(f"{SEARCH}-{time.strftime('%Y%m%d-%H%M%S')}")
+            self.out.rename(kept)
+            say(f"  a search with other {', '.join(what)} was there: it is {kept} now")
         if not again:
             refuse_another(self.out, self._identity())  # before anything is scored
         self.notes += left_out(recipe)
         self.scores = self._ends(aim.rows, "tuning")
         self.valued = self._valued()
-        self.study = open_study(self.out, self._identity(), len(self.valued) if aim.pareto else 1, again)
+        self.study = open_study(self.out, self._identity(), len(self.valued) if aim.pareto else 1, bool(again))
         self.own = None if wanted is None else self._tried(None, wanted.given(len(self.tasks)))
 
     def _identity(self) -> dict[str, Any]:
         tried = {candidate.method.name: list(candidate.spaces) for candidate in self.candidates}
         marks = {ready.task.name: ready.mark for ready in self.ready}
-        told = {"tried": tried, "experts": marks, "patterns": self._always}
+        taken = {STATISTICS_OF[name] for name in tried if name in STATISTICS_OF}
+        numbers = {
+            kind: {task: dict(one.metadata) for task, one in found.items()}
+            for kind, found in self.live.numbers.items()
+            if kind in taken
+        }
+        told = {"tried": tried, "experts": marks, "patterns": self._always} | (
+            {"statistics": numbers} if numbers else {}
+        )
         return {**asdict(self.aim), **told, "metrics": self.metrics, "dtype": self.recipe.export.dtype}
 
     def _valued(self) -> list[str]:

@@ -108,11 +108,24 @@ def test_a_run_searches_and_writes_what_does_best(made: Path, root: Path) -> Non
     assert len(found["trials"]) == 6
     assert found["own"]["words"]["method"] == "regmean"
     assert found["own"]["scores"] != next(t for t in found["trials"] if t["words"]["method"] == "mean")["scores"]
+    more = run(told | {"merge": told["merge"] | {"statistics": {"examples": 9}}}, keep_experts=True)
+    assert len(list((root / "out").glob("search-*"))) == 1  # by other numbers: the one before is kept
+    assert more["search"]["trials"] == 5
+    card = (root / "out" / "merged" / "README.md").read_text(encoding="utf-8")
+    assert f"the best of 6 merges on the tuning splits: {more['search']['best']}." in card
     again = run(
         {**told, "merge": {**told["merge"], "search": {"trials": 1, "methods": ["mean"], "objective": "score"}}},
         keep_experts=True,
     )
     assert again["search"]["trials"] == 1  # of another aim: begun anew
+
+
+def test_what_a_search_names_is_measured_too(made: Path, root: Path) -> None:
+    pytest.importorskip("optuna")
+    search_words = "merge.search={trials: 1, methods: [regmean], objective: score}"
+    results = run(words(made, root, "merge={method: mean}", search_words, FEW))
+    assert (root / "out" / "statistics" / "a-gram.safetensors").is_file()
+    assert results["search"]["trials"] == 1
 
 
 @pytest.mark.parametrize(
