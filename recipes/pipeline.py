@@ -34,16 +34,16 @@ from orthoft.recipes.harness import run_harness
 from orthoft.recipes.head import Head
 from orthoft.recipes.keep_away import KeepAway
 from orthoft.recipes.layout import FINISHED, MERGED, MERGED_LORA, RESULTS, SEARCH, SUBSPACES, expert_folder, head_file
-from orthoft.recipes.measure import measured
+from orthoft.recipes.measuring import measured
 from orthoft.recipes.models import how_to_load
 from orthoft.recipes.output import output_opened, refuse_own_inputs
 from orthoft.recipes.prepare import check, quiet
 from orthoft.recipes.refit import refitted
 from orthoft.recipes.rehearse import rehearse
 from orthoft.recipes.schema import Again, Merge, MergeSearch, Recipe, as_arguments
-from orthoft.recipes.search import searched
 from orthoft.recipes.search_report import RESULT
 from orthoft.recipes.search_setup import files_of
+from orthoft.recipes.search_study import searched
 from orthoft.recipes.table import MERGED as MERGED_ROWS
 from orthoft.recipes.table import gains, table
 from orthoft.recipes.task_schema import Task
@@ -165,7 +165,6 @@ class Run:
             if state.num_processes > 1:
                 limit = to_train[0].task.training.get("ddp_timeout", 1800)
                 self.say(f"  the other processes wait, {limit} s at most: training.ddp_timeout allows more")
-            self.out.mkdir(parents=True, exist_ok=True)
             with self.timed("subspaces"), roomy("subspaces", LOWER), locked(folder):
                 save_subspaces(self.recipe, self.base, folder)
             release_memory()
@@ -251,7 +250,7 @@ class Run:
             self.base,
             [(ready.task.name, self.expert(ready.task.name)) for ready in self.ready],
             folder,
-            statistics=files_of(self.recipe, STATISTICS_OF.get(words["method"], "")) or None,
+            statistics=files_of(self.recipe, STATISTICS_OF.get(words["method"])),
             overwrite=True,
             seed=self.recipe.seed,
             progress=sys.stderr.isatty(),

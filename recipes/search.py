@@ -9,19 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
-
-from orthoft.merging.files.hub import find_folder
-from orthoft.recipes.devices import roomy
-from orthoft.recipes.expert import Ready, read_experts
 from orthoft.recipes.load import load
-from orthoft.recipes.output import tasks_locked
-from orthoft.recipes.prepare import check, quiet
-from orthoft.recipes.schema import MergeSearch, Objective, Recipe
-from orthoft.recipes.search_report import Found
-from orthoft.recipes.search_setup import aim_of, optuna_module
-from orthoft.recipes.search_study import TRIALS, Search
+from orthoft.recipes.schema import MergeSearch, Objective
 
 Say = Callable[[str], None]
 
@@ -71,7 +60,6 @@ def search(
         ValueError: an expert is not there, a method cannot be tried, or Optuna is not installed.
         FileExistsError: there is a search of something else.
     """
-    optuna_module()
     for name, number in (("trials", trials), ("minutes", minutes), ("rows", rows), ("memory", memory)):
         if number is not None and not number > 0:
             raise ValueError(f"{name} is a number above 0, got {number}")
@@ -82,16 +70,11 @@ def search(
         **_given(equal_weights=equal_weights, memory=memory, seed=seed),
     }
     words = ((checked.merge.search if checked.merge else None) or MergeSearch()).model_copy(update=given)
-    with quiet():
-        check(checked)
-        if checked.threads is not None:
-            torch.set_num_threads(checked.threads)
-        if PartialState().num_processes > 1:
-            raise ValueError("a search works in one process: start it without accelerate or torchrun")
-        base = find_folder(checked.base, "base")
-        experts = read_experts(checked, base)
-        with tasks_locked(Path(checked.output), [task.name for task in checked.tasks]):
-            return searched(checked, base, experts, words, overwrite, say).to_dict()
+    from orthoft.recipes.search_study import (
+        search_experts,
+    )  # torch comes in here, after the recipe is known to be sound
+
+    return search_experts(checked, words, overwrite, say).to_dict()
 
 
 def _given(**words: Any) -> dict[str, Any]:
@@ -100,13 +83,3 @@ def _given(**words: Any) -> dict[str, Any]:
 
 def _listed(names: Sequence[str] | None) -> list[str] | None:
     return list(names) if names else None
-
-
-def searched(
-    recipe: Recipe, base: Path, ready: Sequence[Ready], words: MergeSearch, again: bool | None, say: Say
-) -> Found:
-    """Search as ``words`` say and return what was found; ``again`` is that of `Search`."""
-    with roomy("search", "evaluate.batch_size"):
-        under_way = Search(recipe, base, ready, aim_of(words, recipe), words.memory, again, say)
-        under_way.spend(TRIALS if words.trials is None and words.minutes is None else words.trials, words.minutes)
-        return under_way.finish()

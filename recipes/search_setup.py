@@ -106,8 +106,10 @@ def open_live(recipe: Recipe, base: Path, memory: float) -> LiveMerge:
     return LiveMerge(todo, model, dtype, numbers)
 
 
-def files_of(recipe: Recipe, kind: str) -> dict[str, Path]:
+def files_of(recipe: Recipe, kind: str | None) -> dict[str, Path]:
     """Return the files of statistics of one kind by task, if all tasks of a recipe have one; else none."""
+    if kind is None:  # of a method that takes none
+        return {}
     files = {t.name: statistics_of(Path(recipe.output, STATISTICS), t.name, kind) for t in recipe.tasks}
     return files if all(file.is_file() for file in files.values()) else {}
 

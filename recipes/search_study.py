@@ -7,17 +7,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
 
 from orthoft.delta import Delta
+from orthoft.merging.files.hub import find_folder
 from orthoft.merging.statistics import STATISTICS_OF
-from orthoft.recipes.expert import Ready
+from orthoft.recipes.devices import roomy
+from orthoft.recipes.expert import Ready, read_experts
 from orthoft.recipes.layout import SEARCH, expert_folder
-from orthoft.recipes.schema import Recipe, as_arguments
+from orthoft.recipes.output import tasks_locked
+from orthoft.recipes.prepare import check, quiet
+from orthoft.recipes.schema import MergeSearch, Recipe, as_arguments
 from orthoft.recipes.search_report import (
     BASE,
     JOB,
@@ -33,6 +39,7 @@ from orthoft.recipes.search_report import (
 )
 from orthoft.recipes.search_setup import (
     Aim,
+    aim_of,
     changed,
     files_of,
     left_out,
@@ -70,17 +77,23 @@ class Search:
         self._always = (
             {} if wanted is None else wanted.model_dump(include={"include", "exclude"}, exclude_defaults=True)
         )
-        if again is None and (what := changed(self.out, self._identity())):
-            kept = self.out.with_name(f"{SEARCH}-{time.strftime('%Y%m%d-%H%M%S')}")
-            self.out.rename(kept)
-            say(f"  a search with other {', '.join(what)} was there: it is {kept} now")
-        if not again:
-            refuse_another(self.out, self._identity())  # before anything is scored
+        identity = self._identity()
+        if again is None:
+            self._step_aside(changed(self.out, identity))
+        elif not again:
+            refuse_another(self.out, identity)  # before anything is scored
         self.notes += left_out(recipe)
         self.scores = self._ends(aim.rows, "tuning")
         self.valued = self._valued()
-        self.study = open_study(self.out, self._identity(), len(self.valued) if aim.pareto else 1, bool(again))
+        self.study = open_study(self.out, identity, len(self.valued) if aim.pareto else 1, bool(again))
         self.own = None if wanted is None else self._tried(None, wanted.given(len(self.tasks)))
+
+    def _step_aside(self, what: Sequence[str]) -> None:
+        """Give another search in the output a name of its own, if there is one: it may have taken hours."""
+        if what:
+            kept = next(file for i in count(1) if not (file := self.out.with_name(f"{SEARCH}-{i}")).exists())
+            self.out.rename(kept)
+            self.say(f"  a search with other {', '.join(what)} was there: it is {kept} now")
 
     def _identity(self) -> dict[str, Any]:
         tried = {candidate.method.name: list(candidate.spaces) for candidate in self.candidates}
@@ -227,3 +240,28 @@ class Search:
         self.say(f"\n{found.best.name} is the best; as a section of a recipe:\n\n{section}\n")
         self.say(f"results: {self.out / RESULT}, pictures: {self.out / PAGE}")
         self.say(f"to write the model: orthoft merge {self.out / JOB}")
+
+
+def searched(
+    recipe: Recipe, base: Path, ready: Sequence[Ready], words: MergeSearch, again: bool | None, say: Say
+) -> Found:
+    """Search as ``words`` say and return what was found; ``again`` is that of `Search`."""
+    with roomy("search", "evaluate.batch_size"):
+        under_way = Search(recipe, base, ready, aim_of(words, recipe), words.memory, again, say)
+        under_way.spend(TRIALS if words.trials is None and words.minutes is None else words.trials, words.minutes)
+        return under_way.finish()
+
+
+def search_experts(recipe: Recipe, words: MergeSearch, overwrite: bool, say: Say) -> Found:
+    """Search for the experts of a recipe that are there, as `orthoft.recipes.search.search` says."""
+    optuna_module()
+    with quiet():
+        check(recipe)
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
+        if PartialState().num_processes > 1:
+            raise ValueError("a search works in one process: start it without accelerate or torchrun")
+        base = find_folder(recipe.base, "base")
+        ready = read_experts(recipe, base)
+        with tasks_locked(Path(recipe.output), [task.name for task in recipe.tasks]):
+            return searched(recipe, base, ready, words, overwrite, say)

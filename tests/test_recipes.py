@@ -235,6 +235,20 @@ def test_the_words_are_checked_without_torch(models: Path, tmp_path: Path) -> No
     assert done.stdout.strip() == ""
 
 
+@pytest.mark.parametrize("command", ["run", "finetune", "search", "statistics"])
+def test_a_command_tells_a_mistake_without_torch(command: str, models: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump(classification(models, tmp_path / "out") | {"sede": 1}), encoding="utf-8")
+    code = (
+        "import atexit, sys; from orthoft.cli import main; "
+        "atexit.register(lambda: print(*{'torch', 'transformers', 'peft'} & set(sys.modules))); "
+        f"main([{command!r}, {str(recipe)!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (2, "")
+    assert done.stderr.strip() == "error: sede: unknown key, did you mean 'seed'?"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -22,10 +22,11 @@ from orthoft.merging import METHODS, merge, plan
 from orthoft.recipes import load, run
 from orthoft.recipes.live_merge import LiveMerge, held_bytes
 from orthoft.recipes.merge_job import load_job
-from orthoft.recipes.search import Search, search
+from orthoft.recipes.search import search
 from orthoft.recipes.search_report import Trial, beats, thin
 from orthoft.recipes.search_setup import Aim, left_out, open_live, open_study, tried_here
 from orthoft.recipes.search_space import RANGES, Range, choices, start
+from orthoft.recipes.search_study import Search
 
 pytest.importorskip("optuna")
 Words = dict[str, Any]

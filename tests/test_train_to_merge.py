@@ -159,6 +159,7 @@ def test_other_processes_are_told_to_wait(models: Path, tmp_path: Path, monkeypa
     state = SimpleNamespace(num_processes=2, is_main_process=True, wait_for_everyone=lambda: None)
     monkeypatch.setattr("orthoft.recipes.pipeline.PartialState", lambda: state)
     monkeypatch.setattr("orthoft.recipes.pipeline.save_subspaces", lambda *args: None)
+    (tmp_path / "out").mkdir()
     under_way.choose_subspaces()
     assert lines[1] == "  the other processes wait, 7200 s at most: training.ddp_timeout allows more"
 

@@ -61,16 +61,11 @@ def search(
 
     In Python: orthoft.recipes.search.search("recipes/configs/minilm.yaml", trials=50)
     """
-    from orthoft.recipes.load import load
-
-    overrides = out.overrides(set_, device=device, dtype=dtype)
-    load(recipe, overrides)  # a mistake is told at once: what follows loads torch
     from orthoft.recipes.search import search as search_merge
-    from orthoft.recipes.search_report import call
 
     found = search_merge(
         recipe,
-        overrides,
+        out.overrides(set_, device=device, dtype=dtype),
         trials=trials,
         minutes=minutes,
         methods=method or None,
@@ -84,4 +79,6 @@ def search(
         overwrite=overwrite,
         say=out.say,
     )
+    from orthoft.recipes.search_report import call  # which imports torch, as the search has done
+
     out.show(found, call(found["merge"]), said=True)

@@ -50,15 +50,11 @@ def statistics(
 
     In Python: orthoft.recipes.measure.measure("recipes/configs/minilm.yaml", kind="gram", examples=1000)
     """
-    from orthoft.recipes.load import load
-
-    overrides = out.overrides(set_, device=device, dtype=dtype)
-    load(recipe, overrides)  # a mistake is told at once: what follows loads torch
     from orthoft.recipes.measure import measure
 
     done = measure(
         recipe,
-        overrides,
+        out.overrides(set_, device=device, dtype=dtype),
         kind.value,
         tasks=task or None,
         examples=examples,
