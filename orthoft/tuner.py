@@ -18,7 +18,7 @@ from orthoft.config import OrthoConfig
 from orthoft.errors import unknown
 from orthoft.layer import OrthoLayer
 from orthoft.layouts import CONVOLUTIONS, ConvLayout, LinearLayout, layout_of, loaded
-from orthoft.quantization import check_mergeable, quantization_kwargs, requantization_summary
+from orthoft.quantization import check_mergeable, keep_unpacked, quantization_kwargs, requantization_summary
 
 
 class OrthoModel(BaseTuner):
@@ -30,6 +30,8 @@ class OrthoModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject as PEFT does, and warn of fused experts that the first adapter to be trained leaves out."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for module in model.modules():
+            keep_unpacked(module)  # of layers without an adapter, too: gradients of those before them go through
         if len(self.peft_config) > 1 or self.peft_config[adapter_name].inference_mode:
             return
         if stacks := list(_stacks_of_matrices(model)):

@@ -14,6 +14,7 @@ from accelerate import PartialState
 
 from orthoft.adapters import ADAPTERS
 from orthoft.errors import unknown
+from orthoft.quantization import keep_unpacked
 from orthoft.recipes.devices import computing_dtype
 from orthoft.recipes.kinds import KINDS
 from orthoft.recipes.schema import Quantization
@@ -69,7 +70,10 @@ def load_model(
     if quantization is None:
         return load().to(device)
     words = {"bnb_4bit_compute_dtype": computing_dtype(dtype, folder)} | quantization.model_dump(exclude_none=True)
-    return load(quantization_config=transformers.BitsAndBytesConfig(**words), device_map={"": device})
+    model = load(quantization_config=transformers.BitsAndBytesConfig(**words), device_map={"": device})
+    for module in model.modules():
+        keep_unpacked(module)  # else the base would be scored with other scales than its experts
+    return model
 
 
 def how_to_load(kind: str, folder: Path) -> str:

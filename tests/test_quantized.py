@@ -426,6 +426,19 @@ def test_repacked_layers_are_unpacked(kind: str) -> None:
     assert same(stored(layer), original)
 
 
+@needs_bitsandbytes
+def test_layers_without_an_adapter_let_gradients_through() -> None:
+    """One that was packed in an evaluation would stop them without a word, on CPUs with AVX512-BF16."""
+    first, second = net("bnb-nf4").lin, four_bit(nn.Linear(IN, OUT)).lin
+    model = nn.ModuleDict({"lin": first, "next": second})
+    repack(second.to("cpu"))
+    first.support_avx512bf16_for_cpu = second.support_avx512bf16_for_cpu = True
+    get_peft_model(model, config_of("oftv2"))
+    for layer in (first, second):
+        assert not layer.support_avx512bf16_for_cpu
+        assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+
+
 # Models that transformers quantises
 
 

@@ -326,13 +326,20 @@ def test_a_quantised_base_is_trained_and_scored_as_the_merge_is_which_is_whole(
     ],
 )
 def test_four_bits_compute_in_the_type_of_the_recipe_or_the_base(
-    dtype: str | None, words: Words, computes: torch.dtype, models: Path, tmp_path: Path
+    dtype: str | None,
+    words: Words,
+    computes: torch.dtype,
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     load_model("causal-lm", models / "llama", "bfloat16").save_pretrained(tmp_path)
     model = load_model("causal-lm", tmp_path, dtype, Quantization(load_in_4bit=True, **words))
     layer = model.model.layers[0].self_attn.q_proj
     assert layer.compute_dtype == computes
     assert layer.weight.quant_type == "nf4"
+    assert not layer.support_avx512bf16_for_cpu  # scored on such CPUs with the scales that its experts train with
 
 
 @pytest.mark.parametrize("words", [{}, {"load_in_4bit": True, "load_in_8bit": True}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 import traceback
@@ -72,6 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a text that a model wrote must not end a run in ASCII
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if "--debug" not in arguments:  # it tells, once imported, of kernels on some CPUs that it does without
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     command = typer.main.get_command(app)
     try:
         code = command.main(arguments, prog_name="orthoft", standalone_mode=False) or 0
