@@ -44,8 +44,12 @@ PENALTY = "under a penalty on what it changes for the other tasks' inputs"
 
 
 def write_cards(results: Results) -> list[Path]:
-    """Write README.md into the folders of a finished run's experts and merges, by its ``results.json``."""
-    cards = {Path(told["folder"]): expert_card(results, task) for task, told in results["experts"].items()}
+    """Write README.md into the folders of a finished run's experts and merges, by its ``results.json``.
+
+    An expert that came with a card of its own keeps that.
+    """
+    experts = {task: told for task, told in results["experts"].items() if not told.get("own_card")}
+    cards = {Path(told["folder"]): expert_card(results, task) for task, told in experts.items()}
     for row in MERGED:
         if row in results:
             folder = Path(results[row]["output"])
@@ -61,7 +65,8 @@ def write_expert(results: Results, ready: Ready) -> None:
     folder = Path(results["experts"][name]["folder"])
     if ready.head is not None:
         ready.head.save(folder / HEADS / f"{name}.safetensors")
-    write_whole_text(folder / CARD, expert_card(results, name))
+    if not results["experts"][name].get("own_card"):
+        write_whole_text(folder / CARD, expert_card(results, name))
 
 
 def _searched(found: Mapping[str, Any] | None) -> list[str]:
@@ -77,6 +82,7 @@ def expert_card(results: Results, task: str) -> str:
     auto = KINDS[kind_of(results, task)].auto
     kind = str(read_json(folder / "adapter_config.json")["peft_type"])
     name, ours = kind.removeprefix("ORTHOFT_"), kind.startswith("ORTHOFT_")
+    apart = [] if "taken_from" in results["experts"][task] else _papers_apart(recipe)
     front = front_matter(
         base=recipe["base"],
         relation="adapter",
@@ -100,7 +106,7 @@ def expert_card(results: Results, task: str) -> str:
         f"```python\n{words_to_adapt(auto, recipe['base'], 'this-folder', ours)}\n```",
         "",
         *_export(ours),
-        *citation_section([*(adapter_papers(READERS[kind]) if kind in READERS else []), *_papers_apart(recipe)]),
+        *citation_section([*(adapter_papers(READERS[kind]) if kind in READERS else []), *apart]),
     ]
     return "\n".join(lines)
 
@@ -169,14 +175,19 @@ def markdown(rows: Rows, numbers: bool = True) -> list[str]:
 
 def _facts(results: Results, task: str, name: str) -> Sequence[Sequence[str]]:
     told, versions = results["experts"][task], results["versions"]
-    settings = {key: value for key, value in told["adapter"].items() if key != "type"}
-    given = yaml.safe_dump(settings, default_flow_style=True, width=10_000).strip() if settings else "defaults"
-    loss = [["loss of the last steps", f"{told['losses'][-1][1]:.4g}"]] if told.get("losses") else []
-    return [
+    facts = [
         ["base", f"`{results['recipe']['base']}`"],
         ["task", f"{task} ({hub_task(kind_of(results, task))})"],
-        ["adapter", f"{name}, `{given}`"],
         ["trained parameters", f"{told['parameters']:,}"],
+    ]
+    if "taken_from" in told:
+        return [*facts, ["adapter", name], ["taken from", f"`{told['taken_from']}`"]]
+    settings = {key: value for key, value in told["adapter"].items() if key != "type"}
+    given = yaml.safe_dump(settings, default_flow_style=True, width=10_000).strip() if settings else "defaults"
+    loss = [["loss of the last steps", f"{told['losses'][-1][1]:.4g}"]] if told["losses"] else []
+    return [
+        *facts,
+        ["adapter", f"{name}, `{given}`"],
         ["steps", f"{told['steps']:,}, in {told['seconds']:.0f} s"],
         *loss,
         *([["kept apart", told_apart]] if (told_apart := kept_apart(results["recipe"])) else []),
@@ -193,7 +204,8 @@ def _how_trained(recipe: Mapping[str, Any]) -> list[str]:
     reads = "reads" if wanted["frozen"] else "began to read"
     ways = [f"{reads} its inputs through directions {DIRECTIONS[wanted['method']]}"] if wanted["method"] else []
     ways += [f"was trained {PENALTY}"] if wanted["penalty"] else []
-    return [f"The experts were trained to be merged: each {' and '.join(ways)} ({told})."]
+    who = "experts of this run's own training" if any(task.get("expert") for task in recipe["tasks"]) else "experts"
+    return [f"The {who} were trained to be merged: each {' and '.join(ways)} ({told})."]
 
 
 def _papers_apart(recipe: Mapping[str, Any]) -> list[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,14 +18,18 @@ from accelerate import PartialState
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from orthoft.merging.files.tensors import TensorFolder
+from orthoft.merging.reports.card import CARD
 from orthoft.merging.statistics import KINDS
 from orthoft.recipes.data import read_file
+from orthoft.recipes.elsewhere import WEIGHTS, config_in, folder_of, head_in
 from orthoft.recipes.head import Head
 from orthoft.recipes.kinds import Kind, TaskData, kind_of
 from orthoft.recipes.layout import FINISHED, STATISTICS, expert_folder, head_file, statistics_of
 from orthoft.recipes.schema import Recipe
 from orthoft.recipes.task_schema import ImageClassification, Task
 
+OF_EXPERTS = (".safetensors", ".json")
 PROBES, PROBE = 64, 2**16  # places in a file of weights that are looked at, and the bytes of each
 
 
@@ -73,14 +79,16 @@ def _samples(base: Path) -> list[list[Any]]:
 
 def _trains(task: Task) -> dict[str, Any]:
     """Return the words of a task that its expert depends on."""
-    return task.model_dump(mode="json", exclude={"metric"})
+    unread = set[str]() if task.expert is None else {"adapter", "training", "early_stopping"}
+    return task.model_dump(mode="json", exclude={"metric", *unread})
 
 
 def _digests(task: Task) -> list[str]:
     named = [task.data.train, task.data.tuning, task.data.test] if task.data.dataset is None else []
     files = [Path(name) for name in named if name]
     pictures = [picture for file in files for picture in _pictures(file, task)]
-    return [_digest(file) for file in (*files, *pictures)]
+    given = [] if task.expert is None else [f for f in sorted(folder_of(task).rglob("*.*")) if f.suffix in OF_EXPERTS]
+    return [_digest(file) for file in (*files, *pictures, *given)]
 
 
 def _pictures(file: Path, task: Task) -> list[Path]:
@@ -113,7 +121,11 @@ def finished(folder: Path, mark: str) -> dict[str, Any] | None:
 def read_tasks(recipe: Recipe, tasks: Sequence[Task], base: Path) -> list[Ready]:
     """Turn every task's rows into examples, without heads, so that a mistake there costs nothing."""
     kinds = [kind_of(task, base) for task in tasks]
-    return [Ready(kind, kind.data(recipe.seed), None, fingerprint(recipe, kind.task, base)) for kind in kinds]
+    found = [Ready(kind, kind.data(recipe.seed), None, fingerprint(recipe, kind.task, base)) for kind in kinds]
+    for ready in found:
+        if ready.task.expert is not None:
+            head_in(folder_of(ready.task), ready.task, ready.data.classes)
+    return found
 
 
 def read_experts(recipe: Recipe, base: Path) -> list[Ready]:
@@ -150,9 +162,39 @@ def save(model: peft.PeftModel, folder: Path, told: dict[str, Any]) -> None:
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not PartialState().is_main_process:
         return
+    with _appearing(folder, told) as partial:
+        model.save_pretrained(str(partial), state_dict=state)
+
+
+def take(ready: Ready, folder: Path) -> None:
+    """Copy a task's expert from elsewhere, and the head that came with it, as if they had been trained here."""
+    task, source = ready.task, folder_of(ready.task)
+    config, tensors = config_in(source, task.kind), TensorFolder(source, WEIGHTS)
+    told = {
+        "task": task.name,
+        "taken_from": str(task.expert),
+        "own_card": (source / CARD).is_file(),
+        "adapter": {"type": str(getattr(config.peft_type, "value", config.peft_type)).lower()},
+        "parameters": sum(math.prod(tensors.shape(name)) for name in tensors),
+        "fingerprint": ready.mark,
+    }
+    head_file(folder).unlink(missing_ok=True)
+    if (head := head_in(source, task, ready.data.classes)) is not None:
+        head.save(head_file(folder))
+    with _appearing(folder, told) as partial:
+        partial.mkdir(parents=True)
+        for file in (source / CARD, *source.glob(f"{WEIGHTS}*.safetensors*")):
+            if file.is_file():
+                shutil.copyfile(file, partial / file.name)
+        config.save_pretrained(str(partial))
+
+
+@contextmanager
+def _appearing(folder: Path, told: dict[str, Any]) -> Iterator[Path]:
+    """Give the place of an expert to write into; it takes that of ``folder`` when all is there."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(str(partial), state_dict=state)
+    yield partial
     (partial / FINISHED).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -106,7 +106,7 @@ def adapted(recipe: Recipe, task: Task, base: Path, args: TrainingArguments) -> 
         model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         model.enable_input_require_grads()
         args.gradient_checkpointing = args.activation_checkpointing = False  # the Trainer asks what wraps the model
-    return peft.get_peft_model(model, adapter_config(task.adapter, task.kind))
+    return peft.get_peft_model(model, adapter_config(task.trained, task.kind))
 
 
 def make_trainer(ready: Ready, model: peft.PeftModel, args: TrainingArguments) -> RecipeTrainer:
@@ -191,7 +191,7 @@ def told_of(trainer: RecipeTrainer, ready: Ready) -> dict[str, Any]:
     stopping = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, KeepBest)]
     return {
         "task": ready.task.name,
-        "adapter": ready.task.adapter.model_dump(),
+        "adapter": ready.task.trained.model_dump(),
         "parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "steps": trainer.state.global_step,
         "processes": PartialState().num_processes,

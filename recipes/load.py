@@ -210,14 +210,9 @@ def _joined(messages: list[str]) -> str:
 
 
 def missing_files(recipe: Recipe) -> list[str]:
-    """Return a line for the base folder and every data file that is not there.
-
-    A base counts as a folder when it is written as a path (``./x``, ``/x``, ``~/x``, or more than one slash); anything
-    else may be a name on the Hub.
-    """
+    """Return a line for each folder of a model and every data file that is not there."""
     absent = []
-    is_path = recipe.base.startswith((".", "/", "~")) or recipe.base.count("/") > 1
-    if is_path and not Path(recipe.base).is_dir():
+    if _is_path(recipe.base) and not Path(recipe.base).is_dir():
         absent.append(f"base: no such folder: {Path(recipe.base).absolute()}")
     elif Path(recipe.base).is_dir() and not Path(recipe.base, "config.json").is_file():
         absent.append(f"base: no config.json in {Path(recipe.base).absolute()}, so it is no model")
@@ -226,7 +221,17 @@ def missing_files(recipe: Recipe) -> list[str]:
         for split, path in splits.items():
             if task.data.dataset is None and path is not None and not Path(path).is_file():
                 absent.append(f"tasks[{i}].data.{split}: no such file: {Path(path).absolute()}")
+        if task.expert is not None and _is_path(task.expert) and not Path(task.expert).is_dir():
+            absent.append(f"tasks[{i}].expert: no such folder: {Path(task.expert).absolute()}")
     general = None if recipe.train_to_merge is None else recipe.train_to_merge.general
     if general is not None and not Path(general).is_file():
         absent.append(f"train_to_merge.general: no such file: {Path(general).absolute()}")
     return absent
+
+
+def _is_path(model: str) -> bool:
+    """Say whether a model counts as a folder: it is written as a path (``./x``, ``/x``, ``~/x``, more than one slash).
+
+    Anything else may be a name on the Hub.
+    """
+    return model.startswith((".", "/", "~")) or model.count("/") > 1

@@ -16,9 +16,10 @@ from orthoft.adapters import ADAPTERS
 from orthoft.errors import unknown
 from orthoft.quantization import keep_unpacked
 from orthoft.recipes.devices import computing_dtype
+from orthoft.recipes.elsewhere import config_in, folder_of
 from orthoft.recipes.kinds import KINDS
 from orthoft.recipes.schema import Quantization
-from orthoft.recipes.task_schema import Adapter
+from orthoft.recipes.task_schema import Adapter, Task
 
 
 def adapter_types() -> dict[str, type[Any]]:
@@ -47,6 +48,11 @@ def adapter_config(adapter: Adapter, kind: str) -> peft.PeftConfig:
         if name not in known:
             raise unknown(f"field of adapter {adapter.type!r}", name, known)
     return config(**{"task_type": KINDS[kind].peft_task} | adapter.fields)
+
+
+def config_of(task: Task) -> peft.PeftConfig:
+    """Return the PEFT config of the adapter that a task trains, or of its expert from elsewhere."""
+    return adapter_config(task.trained, task.kind) if task.expert is None else config_in(folder_of(task), task.kind)
 
 
 def auto_class(kind: str) -> Any:

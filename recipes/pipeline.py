@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,24 +15,19 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import release_memory
-from torch import Tensor
 
 from orthoft.errors import unknown
 from orthoft.merging import MergeReport, merge
 from orthoft.merging.files.hub import find_folder
-from orthoft.merging.resume.lock import locked
 from orthoft.merging.statistics import STATISTICS_OF
-from orthoft.recipes.cards import write_cards, write_expert
-from orthoft.recipes.data import SPLITS
-from orthoft.recipes.devices import merge_device, roomy, slow_type
+from orthoft.recipes.cards import write_cards
+from orthoft.recipes.devices import merge_device, roomy
 from orthoft.recipes.evaluation import LOWER, Evaluation
-from orthoft.recipes.expert import Ready, finished, forget, read_tasks
+from orthoft.recipes.expert import Ready
+from orthoft.recipes.experts import Experts
 from orthoft.recipes.export_check import export_check
-from orthoft.recipes.finetune import train
 from orthoft.recipes.harness import run_harness
-from orthoft.recipes.head import Head
-from orthoft.recipes.keep_away import KeepAway
-from orthoft.recipes.layout import FINISHED, MERGED, MERGED_LORA, RESULTS, SEARCH, SUBSPACES, expert_folder, head_file
+from orthoft.recipes.layout import MERGED, MERGED_LORA, RESULTS, SEARCH, expert_folder
 from orthoft.recipes.measuring import measured
 from orthoft.recipes.models import how_to_load
 from orthoft.recipes.output import output_opened, refuse_own_inputs
@@ -46,8 +40,6 @@ from orthoft.recipes.search_setup import files_of
 from orthoft.recipes.search_study import searched
 from orthoft.recipes.table import MERGED as MERGED_ROWS
 from orthoft.recipes.table import gains, table
-from orthoft.recipes.task_schema import Task
-from orthoft.recipes.train_to_merge import chosen_before, read_subspace, save_subspaces
 from orthoft.recipes.whole import write_whole_json
 
 Say = Callable[[str], None]
@@ -70,11 +62,11 @@ def run_recipe(
         state = PartialState()  # as the TrainingArguments that were just checked have set it up
         run = Run(recipe, base, Path(recipe.output), say if state.is_main_process else _silent)
         refuse_own_inputs(recipe, base, run.out)
-        run.read(chosen)
-        opened = output_opened(recipe, run.out, again, tasks, say, run.outdated())
+        run.experts.read(chosen)
+        opened = output_opened(recipe, run.out, again, tasks, say, run.experts.outdated())
         with opened if state.is_main_process else nullcontext():
             state.wait_for_everyone()
-            run.finetune()
+            run.experts.make()
             if until == "finetune" or not state.is_main_process:
                 return run.results
             run.evaluate()
@@ -93,7 +85,6 @@ class Run:
     def __init__(self, recipe: Recipe, base: Path, out: Path, say: Say) -> None:
         self.recipe, self.base, self.out, self.say = recipe, base, out, say
         self.kind = recipe.tasks[0].kind
-        self.ready: list[Ready] = []
         self.results: dict[str, Any] = {
             "recipe": recipe.model_dump(mode="json"),
             "versions": {name: version(name) for name in ("orthoft", "torch", "transformers", "peft")},
@@ -103,6 +94,12 @@ class Run:
         }
         self.evaluation = Evaluation(recipe, base, out, self.results["versions"], self.say)
         self.results |= {"scores": self.evaluation.scores, "samples": self.evaluation.samples}
+        self.experts = Experts(recipe, base, self.results, self.evaluation, self.timed, self.say)
+
+    @property
+    def ready(self) -> list[Ready]:
+        """The tasks, with their examples and heads."""
+        return self.experts.ready
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -111,79 +108,6 @@ class Run:
         yield
         spent: dict[str, float] = self.results["times"]
         spent[stage] = round(spent.get(stage, 0.0) + time.perf_counter() - start, 2)
-
-    def read(self, tasks: Sequence[Task]) -> None:
-        """Turn every task's rows into examples, so that a mistake there costs nothing."""
-        with self.timed("data"):
-            self.ready = read_tasks(self.recipe, tasks, self.base)
-
-    def outdated(self) -> list[str]:
-        """Return the tasks whose finished experts are of another training."""
-        there = [ready for ready in self.ready if (self.expert(ready.task.name) / FINISHED).is_file()]
-        return [ready.task.name for ready in there if finished(self.expert(ready.task.name), ready.mark) is None]
-
-    def finetune(self) -> None:
-        """Train one expert after the other, or take up a finished one."""
-        if (hint := slow_type(self.recipe, self.base)) is not None:
-            self.say(hint)
-        self.choose_subspaces()
-        for i, ready in enumerate(self.ready):
-            task, data, folder = ready.task, ready.data, self.expert(ready.task.name)
-            sizes = ", ".join(f"{len(getattr(data, split))} {split}" for split in SPLITS)
-            self.say(f"{task.name}: {sizes}, {ready.kind.about(data)}")
-            lost = getattr(task, "head", None) == "trained" and not head_file(folder).is_file()
-            known = None if lost else finished(folder, ready.mark)
-            if known is None and PartialState().is_main_process:
-                forget(folder)
-            ready = self.ready[i] = self._with_head(ready, fit=known is None) if data.classes else ready
-            if known is None:
-                with self.timed("finetune"):
-                    rows, callbacks = self.apart(task.name)
-                    known = train(self.recipe, ready, self.base, folder, rows, self.say, callbacks)
-                release_memory()  # accelerate's forward in half precision refers to itself, and so keeps the model
-                self.evaluation.kept.forget()
-                self.ready[i] = self._with_head(ready, fit=False) if data.classes else ready  # it may have learnt
-                last = f", loss {known['losses'][-1][1]:.3f}" if known["losses"] else ""
-                kept = f", kept those of step {known['kept']['step']}" if known["kept"] else ""
-                self.say(
-                    f"  {task.adapter.type}, {known['parameters']:,} parameters: {known['steps']} steps{last}{kept}"
-                )
-            else:
-                self.say(f"  reused {folder}")
-            self.results["experts"][task.name] = {"folder": str(folder)} | known
-            if PartialState().is_main_process:
-                write_expert(self.results, self.ready[i])
-
-    def choose_subspaces(self) -> None:
-        """Choose where each task may write, in the main process, if the recipe wants it and a task is to train."""
-        if self.recipe.train_to_merge is None:
-            return
-        state, folder = PartialState(), self.out / SUBSPACES
-        to_train = [r for r in self.ready if finished(self.expert(r.task.name), r.mark) is None]
-        if to_train and state.is_main_process and not chosen_before(self.recipe, self.base, folder):
-            self.say(f"keeping the tasks apart: {self.recipe.train_to_merge.method or 'penalty'}")
-            if state.num_processes > 1:
-                limit = to_train[0].task.training.get("ddp_timeout", 1800)
-                self.say(f"  the other processes wait, {limit} s at most: training.ddp_timeout allows more")
-            with self.timed("subspaces"), roomy("subspaces", LOWER), locked(folder):
-                save_subspaces(self.recipe, self.base, folder)
-            release_memory()
-        state.wait_for_everyone()
-
-    def apart(self, name: str) -> tuple[dict[str, Tensor] | None, list[KeepAway]]:
-        """Return the rows through which a task's adapter reads, if some were chosen, and the callbacks of a penalty."""
-        if self.recipe.train_to_merge is None:
-            return None, []
-        return read_subspace(self.recipe.train_to_merge, self.out / SUBSPACES, name)
-
-    def _with_head(self, ready: Ready, fit: bool) -> Ready:
-        """Fit the probe in the main process, and let every process read it from disk."""
-        state, file, name = PartialState(), head_file(self.expert(ready.task.name)), ready.task.name
-        if state.is_main_process and (fit or not file.is_file()):
-            with self.timed("probe"), roomy(f"{name} probe", LOWER):
-                ready.kind.fit(self.evaluation.load(self.base), ready.data, self.recipe.evaluate.batch_size).save(file)
-        state.wait_for_everyone()
-        return replace(ready, head=Head.load(file))
 
     def evaluate(self) -> None:
         """Score the base and the experts."""
@@ -248,7 +172,7 @@ class Run:
     def _merged(self, row: str, folder: Path, words: Mapping[str, Any], **output: Any) -> MergeReport:
         report = merge(
             self.base,
-            [(ready.task.name, self.expert(ready.task.name)) for ready in self.ready],
+            [(ready.task.name, expert_folder(self.out, ready.task.name)) for ready in self.ready],
             folder,
             statistics=files_of(self.recipe, STATISTICS_OF.get(words["method"])),
             overwrite=True,
@@ -261,9 +185,6 @@ class Run:
         self.results[row] = report.to_dict()
         self.results["times"][row] = round(report.seconds, 2)
         return report
-
-    def expert(self, name: str) -> Path:
-        return expert_folder(self.out, name)
 
     def finish(self) -> dict[str, Any]:
         """Write ``results.json``, show the table and say how to load what was merged."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import transformers
 
@@ -16,9 +15,10 @@ from orthoft.merging.wish import Wish, wish_for
 from orthoft.recipes.devices import check_device, check_launch, in_parts, with_deepspeed
 from orthoft.recipes.finetune import training_arguments
 from orthoft.recipes.load import RecipeError
-from orthoft.recipes.models import adapter_config
+from orthoft.recipes.models import config_of
 from orthoft.recipes.schema import Merge, Recipe
 from orthoft.recipes.search_setup import check_search
+from orthoft.recipes.task_schema import Task
 
 SHARDING = ("fsdp", "deepspeed")  # words of training
 
@@ -34,15 +34,16 @@ def check(recipe: Recipe) -> None:
     def attempt(place: str, check: Callable[[], object]) -> None:
         try:
             check()
-        except (ValueError, TypeError, ImportError) as error:
+        except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
             mistakes.append(f"{place}: {' '.join(str(error).split())}")
 
     attempt("device", partial(check_device, recipe.device))
     attempt("accelerate launch", check_launch)
     trainable = not mistakes  # else every task would tell of it
     for i, task in enumerate(recipe.tasks):
-        attempt(f"tasks[{i}].adapter", partial(_mergeable, recipe, task.adapter, task.kind))
-        if trainable:
+        word = "adapter" if task.expert is None else "expert"
+        attempt(f"tasks[{i}].{word}", partial(_mergeable, recipe, task))
+        if trainable and task.expert is None:
             attempt(f"tasks[{i}].training", partial(training_arguments, recipe, task, Path(recipe.output)))
     attempt("train_to_merge.penalty", partial(_penalised, recipe))
     if (wanted := recipe.merge) is not None:
@@ -58,10 +59,11 @@ def wished(merge: Merge, tasks: int) -> Wish:
     return wish_for(tasks, weights=merge.task_weights(tasks), **merge.words())
 
 
-def _mergeable(recipe: Recipe, adapter: Any, kind: str) -> None:
-    config = adapter_config(adapter, kind)
+def _mergeable(recipe: Recipe, task: Task) -> None:
+    config = config_of(task)
     if recipe.merge is not None and config.peft_type not in READERS:
-        raise ValueError(f"type {adapter.type!r} cannot be merged, only {', '.join(READERS)} can")
+        name = config.peft_type if task.adapter is None else task.adapter.type
+        raise ValueError(f"type {name!r} cannot be merged, only {', '.join(READERS)} can")
 
 
 def _penalised(recipe: Recipe) -> None:

@@ -19,8 +19,9 @@ from orthoft.merging.formats.registry import Extent
 from orthoft.merging.formats.tokens import TOKENS
 from orthoft.merging.sources.names import match_names
 from orthoft.merging.wish import Wish, check_patterns
+from orthoft.recipes.elsewhere import folder_of, refuse_others_tensors
 from orthoft.recipes.load import RecipeError
-from orthoft.recipes.models import adapter_config, auto_class
+from orthoft.recipes.models import auto_class, config_of
 from orthoft.recipes.prepare import wished
 from orthoft.recipes.schema import Export, Merge, Recipe
 from orthoft.recipes.task_schema import Task
@@ -78,8 +79,9 @@ def rehearse(recipe: Recipe, base: Path) -> None:
     for i, task in enumerate(recipe.tasks):
         try:
             saved[task.name] = saved_by(task, base, to_merge=recipe.merge is not None)
-        except (ValueError, TypeError) as error:
-            mistakes.append(f"tasks[{i}].adapter: {' '.join(str(error).split())}")
+        except (ValueError, TypeError, FileNotFoundError) as error:
+            word = "adapter" if task.expert is None else "expert"
+            mistakes.append(f"tasks[{i}].{word}: {' '.join(str(error).split())}")
     if recipe.merge is not None and not mistakes:
         mistakes = misnamed(base, saved) or merge_mistakes(recipe.merge, recipe.export, saved, TensorFolder(base))
     if mistakes:
@@ -101,20 +103,23 @@ def saved_by(task: Task, base: Path, to_merge: bool) -> Saved:
     Raises:
         ValueError: the adapter fits no module of the base, or uses what cannot be merged.
     """
-    config = adapter_config(task.adapter, task.kind)
+    config = config_of(task)
     with torch.device("meta"):
         model: Any = auto_class(task.kind).from_config(AutoConfig.from_pretrained(str(base), trust_remote_code=False))
         try:
             model = peft.get_peft_model(model, config)
         except NotImplementedError:  # an adapter that starts from the weights' values: it cannot be built without them
             return Saved(complete=False)
+    state = peft.get_peft_model_state_dict(model)
+    if task.expert is not None:
+        refuse_others_tensors(folder_of(task), state)
     if not to_merge:
         return Saved()
     reader = get_reader(config.to_dict())
     modules: dict[str, dict[str, Shape]] = {}
     beside: dict[str, Shape] = {}
     tokens: list[str] = []
-    for key, tensor in peft.get_peft_model_state_dict(model).items():
+    for key, tensor in state.items():
         name = key.removeprefix("base_model.model.")
         module, own, rest = name.partition(f".{reader.prefix}")
         if own:

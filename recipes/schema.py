@@ -240,7 +240,9 @@ class Recipe(Strict):
     def _subspaces_have_adapters(self) -> Recipe:
         if self.train_to_merge is None:
             return self
-        types = {task.adapter.type.removeprefix("peft.") for task in self.tasks}
+        types = {task.trained.type.removeprefix("peft.") for task in self.tasks if task.expert is None}
+        if not types:
+            raise ValueError("train_to_merge: no task trains, all have experts")
         if types not in ({"lora"}, {"psoft"}):
             raise ValueError(
                 f"train_to_merge needs adapters all of type lora or all psoft, got {', '.join(sorted(types))}"

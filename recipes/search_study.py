@@ -18,6 +18,7 @@ from accelerate import PartialState
 from orthoft.delta import Delta
 from orthoft.merging.files.hub import find_folder
 from orthoft.merging.statistics import STATISTICS_OF
+from orthoft.recipes.data_schema import Split
 from orthoft.recipes.devices import roomy
 from orthoft.recipes.expert import Ready, read_experts
 from orthoft.recipes.layout import SEARCH, expert_folder
@@ -50,7 +51,6 @@ from orthoft.recipes.search_setup import (
     tried_here,
 )
 from orthoft.recipes.search_space import start, suggest, tidy
-from orthoft.recipes.task_schema import Split
 
 TRIAL = "trial"  # what Optuna keeps of one beside its draws
 TRIALS = 50  # without another budget

@@ -20,9 +20,9 @@ from pydantic import (
     model_validator,
 )
 
+from orthoft.recipes.data_schema import CausalData, Data, ImageData, LabelledData, PairData, TokenData
 from orthoft.recipes.strict import Name, PathText, Strict
 
-Split = Literal["train", "tuning", "test"]
 TaskKind = Literal["classification", "causal-lm", "token-classification", "image-classification", "seq2seq"]
 Trainer = Literal["transformers", "trl"]
 SFT_WORDS = ("activation_offloading", "loss_type", "router_aux_loss_coef")  # of TRL, in ``training``
@@ -91,83 +91,6 @@ class Adapter(BaseModel):
         return dict(self.model_extra or {})
 
 
-class Data(Strict):
-    """Files (JSONL, CSV, Parquet), or the splits of a ``datasets`` name in its own notation, as ``train[:90%]``."""
-
-    dataset: str | None = None
-    subset: str | None = None
-    train: PathText
-    tuning: PathText | None = None
-    test: PathText
-    limit: dict[Split, PositiveInt] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _subset_of_a_dataset(self) -> Data:
-        if self.subset is not None and self.dataset is None:
-            raise ValueError("subset belongs to a dataset, which is not given")
-        return self
-
-
-class TextData(Data):
-    """A column of texts."""
-
-    text: str = "text"
-
-
-class CausalData(Data):
-    """Columns of running text (``text``, unless others are named), of a prompt and its completion, or of messages.
-
-    Messages are lists of ``{role, content}``, which the chat template of the base's tokenizer makes a text of.
-    """
-
-    text: str | None = None
-    prompt: str | None = None
-    completion: str | None = None
-    messages: str | None = None
-
-    @model_validator(mode="after")
-    def _one_form(self) -> CausalData:
-        given = tuple(name for name in ("text", "prompt", "completion", "messages") if getattr(self, name) is not None)
-        if given not in ((), ("text",), ("prompt", "completion"), ("messages",)):
-            raise ValueError(f"its columns are text, or prompt and completion, or messages: got {' and '.join(given)}")
-        return self
-
-    @property
-    def form(self) -> Literal["text", "completion", "chat"]:
-        return "chat" if self.messages else "completion" if self.prompt else "text"
-
-    @property
-    def columns(self) -> list[str]:
-        return [name for name in (self.text, self.prompt, self.completion, self.messages) if name] or ["text"]
-
-
-class LabelledData(TextData):
-    """Texts with a label each."""
-
-    label: str = "label"
-
-
-class TokenData(Data):
-    """Columns of words and of their tags, two lists of one length."""
-
-    tokens: str = "tokens"
-    tags: str = "tags"
-
-
-class ImageData(Data):
-    """Pictures with a label each: paths from the data file's folder, or what `datasets` makes of pictures."""
-
-    image: str = "image"
-    label: str = "label"
-
-
-class PairData(Data):
-    """Texts, and what is to be written for each."""
-
-    source: str = "source"
-    target: str = "target"
-
-
 class EarlyStopping(Strict):
     """Stop after ``patience`` evaluations on the tuning split without a loss lower by more than ``threshold``."""
 
@@ -178,16 +101,33 @@ class EarlyStopping(Strict):
 class TaskBase(Strict):
     """What every task says: data, adapter, and training in the words of transformers' ``TrainingArguments``.
 
+    ``expert`` is an adapter that was trained elsewhere, a folder or a Hub id: it is taken as it is, and ``adapter``,
+    ``training`` and ``early_stopping`` (as they stand in ``defaults``, say) are not looked at.
     ``auto`` names the transformers class that loads the base. Each kind has a ``metric``, by which gains are counted.
     """
 
     auto: ClassVar[str]
     name: Name
     kind: TaskKind
-    adapter: Adapter
+    adapter: Adapter | None = None
+    expert: PathText | None = None
     data: Data
     training: Annotated[dict[str, Any], BeforeValidator(_training)] = Field(default_factory=dict)
     early_stopping: EarlyStopping | None = None
+
+    @property
+    def trained(self) -> Adapter:
+        """The adapter that a task trains, which has no expert yet."""
+        assert self.adapter is not None
+        return self.adapter
+
+    @model_validator(mode="after")
+    def _is_trained_or_has_an_expert(self) -> TaskBase:
+        if self.expert is None and self.adapter is None:
+            raise ValueError("adapter is missing (or expert, one that was trained elsewhere)")
+        if self.data.train is None and (self.expert is None or self.data.tuning is None):
+            raise ValueError("data.train is missing" + (" (or data.tuning)" if self.expert else ""))
+        return self
 
     @model_validator(mode="after")
     def _loss_is_that_of_the_model(self) -> TaskBase:

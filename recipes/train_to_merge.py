@@ -41,7 +41,8 @@ def save_subspaces(recipe: Recipe, base: Path, folder: Path, room: int | None = 
     """
     wanted = recipe.train_to_merge
     assert wanted is not None
-    found = [adapter_ranks(task, base, to_merge=True) for task in recipe.tasks]
+    trained = [task for task in recipe.tasks if task.expert is None]
+    found = [adapter_ranks(task, base, to_merge=True) if task in trained else {} for task in recipe.tasks]
     ranks = [{f"{module}.weight": r for module, r in own.items() if r is not None} for own in found]
     model = load_model(recipe.tasks[0].kind, base, recipe.dtype)
     weights = weights_of(model, dict.fromkeys(name for own in ranks for name in own))
@@ -60,7 +61,7 @@ def save_subspaces(recipe: Recipe, base: Path, folder: Path, room: int | None = 
                 general=general,
                 ridge=wanted.ridge,
                 seed=recipe.seed,
-                rotations=recipe.tasks[0].adapter.type == "psoft",
+                rotations=trained[0].trained.type == "psoft",
             )
             for own, more in zip(chosen, rows, strict=True):
                 own |= more

@@ -130,7 +130,7 @@ def test_an_expert_that_was_to_train_otherwise_comes_back(
     def full(*args: Any, **words: Any) -> None:
         raise MemoryError("there is no room")
 
-    monkeypatch.setattr("orthoft.recipes.pipeline.train", full)
+    monkeypatch.setattr("orthoft.recipes.experts.train", full)
     with pytest.raises(MemoryError, match="no room"):
         run(told.model_dump(mode="json"), keep_experts=True)
     assert snapshot(root / "out") == before

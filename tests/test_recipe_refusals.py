@@ -22,6 +22,7 @@ from orthoft.merging import METHODS, SPACES, merge, plan
 from orthoft.merging.wish import wish_for
 from orthoft.recipes import RecipeError, load, run
 from orthoft.recipes.data import read_file, read_splits
+from orthoft.recipes.data_schema import TextData
 from orthoft.recipes.finetune import training_arguments
 from orthoft.recipes.load import MANY, overridden, read_yaml
 from orthoft.recipes.merge_job import MergeJob, load_job
@@ -29,7 +30,6 @@ from orthoft.recipes.models import adapter_config
 from orthoft.recipes.rehearse import merge_mistakes, rehearse, saved_by
 from orthoft.recipes.schema import OF_MERGE, Merge, MergeWords
 from orthoft.recipes.strict import keys_of, shown
-from orthoft.recipes.task_schema import TextData
 
 Words = dict[str, Any]
 

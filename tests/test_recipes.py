@@ -120,7 +120,7 @@ MISTAKES = [
     (
         "tasks.0.block_size",
         8,
-        "tasks[0].block_size: unknown key, known are name, kind, adapter, data, training, ",
+        "tasks[0].block_size: unknown key, known are name, kind, adapter, expert, data, training, ",
     ),
     ("merge.weights", [1.0], "merge.weights has 1 numbers for 2 tasks"),
     ("merge.weights", ["a", 1.0], "merge.weights[0]: expected a valid number, got 'a'"),
@@ -635,7 +635,7 @@ def test_an_expert_whose_training_was_begun_anew_is_not_the_old_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as stopping:
-        stopping.setattr("orthoft.recipes.pipeline.train", stopped)
+        stopping.setattr("orthoft.recipes.experts.train", stopped)
         if killed:  # nobody gives back what was set aside
             stopping.setattr("orthoft.recipes.output._give_back", lambda *args: None)
         with pytest.raises(KeyboardInterrupt):

@@ -155,12 +155,12 @@ def test_other_processes_are_told_to_wait(models: Path, tmp_path: Path, monkeypa
     recipe, lines = words(models, tmp_path / "out"), list[str]()
     recipe["defaults"]["training"]["ddp_timeout"] = 7200
     under_way = Run(load(recipe), models / "bert", tmp_path / "out", lines.append)
-    under_way.read(under_way.recipe.tasks)
+    under_way.experts.read(under_way.recipe.tasks)
     state = SimpleNamespace(num_processes=2, is_main_process=True, wait_for_everyone=lambda: None)
-    monkeypatch.setattr("orthoft.recipes.pipeline.PartialState", lambda: state)
-    monkeypatch.setattr("orthoft.recipes.pipeline.save_subspaces", lambda *args: None)
+    monkeypatch.setattr("orthoft.recipes.experts.PartialState", lambda: state)
+    monkeypatch.setattr("orthoft.recipes.experts.save_subspaces", lambda *args: None)
     (tmp_path / "out").mkdir()
-    under_way.choose_subspaces()
+    under_way.experts.choose_subspaces()
     assert lines[1] == "  the other processes wait, 7200 s at most: training.ddp_timeout allows more"
 
 

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from orthoft.recipes.data import Row, read_splits, require_row
+from orthoft.recipes.data_schema import Split
 from orthoft.recipes.head import Head
-from orthoft.recipes.task_schema import Split, TaskBase
+from orthoft.recipes.task_schema import TaskBase
 
 IGNORED = -100  # the label of what no loss looks at
 Example = dict[str, Any]

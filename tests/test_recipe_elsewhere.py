@@ -1,0 +1,185 @@
+"""Experts that were trained elsewhere: taken as they are, scored, searched and merged as those of the recipe's own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_case import recipe, save_models
+from safetensors.torch import load_file, save_file
+
+from orthoft.recipes import RecipeError, load, run
+from orthoft.recipes.search import search
+
+Words = dict[str, Any]
+MODEL = "merged/model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models, a recipe of the tasks a and b, and a finished run of it in ``out``."""
+    root = tmp_path_factory.mktemp("work")
+    save_models(root)
+    run(recipe(root, root))
+    return root
+
+
+def elsewhere(made: Path, out: Path, *overrides: str) -> Words:
+    """The recipe with the expert of the finished run in place of a's training, and no rows that one would need."""
+    told: Words = load(made / "recipe.yaml", [f"output={out}", *overrides]).model_dump(mode="json", exclude_unset=True)
+    told["tasks"][0] |= {"expert": str(made / "out" / "experts" / "a")}
+    return told
+
+
+def test_it_is_worth_the_same_as_where_it_was_trained(made: Path, tmp_path: Path) -> None:
+    """Its tensors, its head, its scores, its merge; it is not trained, and its card is not written over."""
+    words, lines = elsewhere(made, tmp_path / "out"), list[str]()
+    given = made / "out" / "experts" / "a"
+    before = {file: file.read_bytes() for file in given.rglob("*") if file.is_file()}
+    words["tasks"][0]["training"] = {"max_steps": 1_000_000}  # of the recipe's defaults, say: not looked at
+    results = run(words, say=lines.append)
+    first = json.loads((made / "out" / "results.json").read_text(encoding="utf-8"))
+    taken = results["experts"]["a"]
+    assert lines[1] == f"  orthoft_oftv2, {taken['parameters']:,} parameters, taken from {given}"
+    assert taken["parameters"] == first["experts"]["a"]["parameters"]
+    for row in ("base", "a", "b", "merge"):
+        assert results["scores"][row] == first["scores"][row]
+    own, merged = (load_file(made / "out" / name) for name in ("experts/a/adapter_model.safetensors", MODEL))
+    again, new = (load_file(tmp_path / "out" / name) for name in ("experts/a/adapter_model.safetensors", MODEL))
+    for one, other in ((own, again), (merged, new)):
+        assert one.keys() == other.keys()
+        assert all(one[name].equal(other[name]) for name in one)
+    assert (tmp_path / "out" / "experts" / "a" / "README.md").read_bytes() == before[given / "README.md"]
+    assert {file: file.read_bytes() for file in given.rglob("*") if file.is_file()} == before
+    lines.clear()
+    run(words, keep_experts=True, say=lines.append)
+    assert lines[1] == f"  reused {tmp_path / 'out' / 'experts' / 'a'}"
+
+
+def test_without_a_head_or_a_card_it_gets_a_probe_and_one(made: Path, tmp_path: Path) -> None:
+    """The probe is fitted on the tuning rows where there are no others, and the search has both tasks."""
+    words = elsewhere(made, tmp_path / "out")
+    given = shutil.copytree(made / "out" / "experts" / "a", tmp_path / "given")
+    shutil.rmtree(given / "heads")
+    (given / "README.md").unlink()
+    words["tasks"][0]["expert"] = str(given)
+    del words["tasks"][0]["adapter"], words["tasks"][0]["data"]["train"]
+    results = run(words)
+    assert (tmp_path / "out" / "heads" / "a.safetensors").is_file()
+    card = (tmp_path / "out" / "experts" / "a" / "README.md").read_text(encoding="utf-8")
+    assert f"| taken from | `{given}` |" in card
+    assert "| steps |" not in card
+    assert f"{results['scores']['a']['a']['accuracy']:.4g}" in card
+    pytest.importorskip("optuna")
+    found = search(words, trials=1, methods=["mean"], objective="score")
+    assert found["experts"].keys() == {"a", "b"}
+
+
+def test_others_keep_out_of_its_way(made: Path, tmp_path: Path) -> None:
+    """The tasks that train are kept apart from the inputs of one that does not; its card says nothing of that."""
+    words = elsewhere(made, tmp_path / "out")
+    words["tasks"][1]["adapter"] = {"type": "peft.lora", "r": 2, "target_modules": ["query"]}
+    words["train_to_merge"] = {"method": "contrastive", "rows": 20}
+    run(words)
+    with_a = load_file(tmp_path / "out" / "subspaces" / "b.safetensors")
+    words["tasks"][0]["data"] = words["tasks"][1]["data"]  # nothing to keep away from
+    words["tasks"][0]["expert"] = str(headless(made, tmp_path))
+    run(words, keep_experts=True)
+    without = load_file(tmp_path / "out" / "subspaces" / "b.safetensors")
+    assert with_a.keys() == without.keys()
+    assert not any(with_a[name].equal(without[name]) for name in with_a)
+    card = (tmp_path / "out" / "merged" / "README.md").read_text(encoding="utf-8")
+    assert "The experts of this run's own training were trained to be merged" in card
+
+
+def headless(made: Path, folder: Path) -> Path:
+    given = shutil.copytree(made / "out" / "experts" / "a", folder / "headless")
+    shutil.rmtree(given / "heads")
+    return given
+
+
+def other_classes(given: Path, _: Words) -> str:
+    file = given / "heads" / "a.json"
+    words = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(words | {"classes": ["no", "yes"]}), encoding="utf-8")
+    return "expert of a: its head "
+
+
+def no_tensors(given: Path, _: Words) -> str:
+    (given / "adapter_model.safetensors").rename(given / "adapter_model.bin")
+    return "tasks[0].expert: no adapter_model.safetensors"
+
+
+def fewer_tensors(given: Path, _: Words) -> str:
+    file = given / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, file)
+    return f"tasks[0].expert: {given} is of another base: it lacks base_model."
+
+
+def other_shapes(given: Path, _: Words) -> str:
+    file = given / "adapter_model.safetensors"
+    save_file({name: tensor[:, :1].contiguous() for name, tensor in load_file(file).items()}, file)
+    return f"tasks[0].expert: {given} is of another base: base_model."
+
+
+def unknown_type(given: Path, _: Words) -> str:
+    file = given / "adapter_config.json"
+    file.write_text(file.read_text(encoding="utf-8").replace("ORTHOFT_OFTV2", "NOSUCH"), encoding="utf-8")
+    return f"tasks[0].expert: {given / 'adapter_config.json'}: PEFT does not read it (peft_type 'NOSUCH')"
+
+
+def checkpoint(given: Path, words: Words) -> str:
+    words["tasks"][0]["expert"] = words["base"]
+    return f"tasks[0].expert: expert of a: {words['base']} has no adapter_config.json"
+
+
+def nowhere(given: Path, words: Words) -> str:
+    words["tasks"][0]["expert"] = "./nowhere"
+    return "tasks[0].expert: no such folder: "
+
+
+def itself(given: Path, words: Words) -> str:
+    words["tasks"][0]["expert"] = str(shutil.copytree(given, Path(words["output"]) / "experts" / "a"))
+    return "expert of a: "
+
+
+def no_rows(given: Path, words: Words) -> str:
+    del words["tasks"][0]["data"]["train"], words["tasks"][0]["data"]["tuning"]
+    return "tasks[0]: data.train is missing (or data.tuning)"
+
+
+def neither(given: Path, words: Words) -> str:
+    del words["tasks"][0]["adapter"], words["tasks"][0]["expert"]
+    return "tasks[0]: adapter is missing (or expert, one that was trained elsewhere)"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        other_classes,
+        no_tensors,
+        fewer_tensors,
+        other_shapes,
+        unknown_type,
+        checkpoint,
+        nowhere,
+        itself,
+        no_rows,
+        neither,
+    ],
+)
+def test_what_does_not_fit_is_one_line_before_any_work(broken: Any, made: Path, tmp_path: Path) -> None:
+    words = elsewhere(made, tmp_path / "out")
+    given = shutil.copytree(made / "out" / "experts" / "a", tmp_path / "given")
+    words["tasks"][0]["expert"] = str(given)
+    line = broken(given, words)
+    with pytest.raises((RecipeError, ValueError, FileNotFoundError)) as error:
+        run(words)
+    assert str(error.value).startswith(line)
+    assert len(str(error.value).splitlines()) == 1
+    assert not (tmp_path / "out" / "recipe.yaml").exists()
