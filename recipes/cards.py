@@ -204,7 +204,8 @@ def _how_trained(recipe: Mapping[str, Any]) -> list[str]:
     reads = "reads" if wanted["frozen"] else "began to read"
     ways = [f"{reads} its inputs through directions {DIRECTIONS[wanted['method']]}"] if wanted["method"] else []
     ways += [f"was trained {PENALTY}"] if wanted["penalty"] else []
-    who = "experts of this run's own training" if any(task.get("expert") for task in recipe["tasks"]) else "experts"
+    elsewhere = any(task.get("expert") for task in recipe["tasks"]) or (recipe.get("merge") or {}).get("sources")
+    who = "experts of this run's own training" if elsewhere else "experts"
     return [f"The {who} were trained to be merged: each {' and '.join(ways)} ({told})."]
 
 

@@ -223,6 +223,11 @@ def missing_files(recipe: Recipe) -> list[str]:
                 absent.append(f"tasks[{i}].data.{split}: no such file: {Path(path).absolute()}")
         if task.expert is not None and _is_path(task.expert) and not Path(task.expert).is_dir():
             absent.append(f"tasks[{i}].expert: no such folder: {Path(task.expert).absolute()}")
+    for i, one in enumerate(recipe.merge.others if recipe.merge else ()):
+        if _is_path(one.path) and not Path(one.path).is_dir():
+            absent.append(f"merge.sources[{i}]: no such folder: {Path(one.path).absolute()}")
+        if one.statistics is not None and not Path(one.statistics).is_file():
+            absent.append(f"merge.sources[{i}].statistics: no such file: {Path(one.statistics).absolute()}")
     general = None if recipe.train_to_merge is None else recipe.train_to_merge.general
     if general is not None and not Path(general).is_file():
         absent.append(f"train_to_merge.general: no such file: {Path(general).absolute()}")

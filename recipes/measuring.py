@@ -18,11 +18,12 @@ from orthoft.merging.statistics import STATISTICS_OF
 from orthoft.recipes.devices import merge_device
 from orthoft.recipes.expert import Ready, read_experts
 from orthoft.recipes.layout import STATISTICS, expert_folder, statistics_of
+from orthoft.recipes.merge_job import job
 from orthoft.recipes.models import load_model
 from orthoft.recipes.output import tasks_locked
 from orthoft.recipes.prepare import check, quiet
 from orthoft.recipes.schema import Measured, Recipe
-from orthoft.recipes.search_report import job
+from orthoft.recipes.sources import others_of, sources_of
 from orthoft.recipes.statistics import adam_moments, collect
 from orthoft.recipes.whole import write_whole_text
 
@@ -110,14 +111,18 @@ def merge_job(recipe: Recipe, kind: str, folder: Path) -> dict[str, Any]:
     """
     names = [task.name for task in recipe.tasks]
     files = {name: str(file) for name in names if (file := statistics_of(folder, name, kind)).is_file()}
+    others = {other.called: other for other in others_of(recipe)}
+    files |= {name: other.statistics for name, other in others.items() if other.statistics is not None}
     words, wanted = dict[str, Any](method=METHOD[kind]), recipe.merge
     if wanted is not None and STATISTICS_OF.get(wanted.method) == kind:
         words = wanted.given(len(names))
         if "weights" in words:
-            words["weights"] = [one for name, one in zip(names, words["weights"], strict=True) if name in files]
+            words["weights"] = [
+                one for name, one in zip([*names, *others], words["weights"], strict=True) if name in files
+            ]
     elif wanted is not None:
         words |= wanted.model_dump(include={"include", "exclude"}, exclude_defaults=True)
-    experts = {name: str(expert_folder(Path(recipe.output), name)) for name in files}
+    places = {name: str(place) for name, place in sources_of(recipe) if name in files}
     output = Path(recipe.output, f"merged-{words['method']}")
-    made = job(recipe.base, experts, words, output, recipe.seed, recipe.export.dtype, files)
+    made = job(recipe.base, places, words, output, recipe.seed, recipe.export.dtype, files)
     return made | merge_device(recipe.device)

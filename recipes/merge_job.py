@@ -1,4 +1,4 @@
-"""A merge as a YAML file: what ``orthoft merge CONFIG`` reads."""
+"""A merge as a YAML file: what ``orthoft merge CONFIG`` reads, and a search or a measurement writes."""
 
 from __future__ import annotations
 
@@ -9,24 +9,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, ValidationError
 
 from orthoft.recipes.load import RecipeError, error_lines, overridden, read_yaml
-from orthoft.recipes.schema import Dtype, MergeWords
-from orthoft.recipes.strict import PathText, Strict
-
-
-class JobSource(Strict):
-    """One fine-tuned model: a folder or a Hub id, how much it counts, and the file of its statistics."""
-
-    path: PathText
-    name: str | None = None
-    weight: float | None = None
-    statistics: PathText | None = None
+from orthoft.recipes.schema import Dtype, MergeWords, Source
+from orthoft.recipes.strict import PathText
 
 
 class MergeJob(MergeWords):
     """One call of ``orthoft.merging.merge``. Relative paths start at the current directory."""
 
     base: PathText
-    sources: Annotated[list[PathText | JobSource], Field(min_length=1)]
+    sources: Annotated[list[PathText | Source], Field(min_length=1)]
     output: PathText
     as_: Literal["checkpoint", "lora", "rotation", "delta"] = Field("checkpoint", alias="as")
     dtype: Dtype | None = None
@@ -40,7 +31,7 @@ class MergeJob(MergeWords):
         """Return the arguments of ``orthoft.merging.merge``."""
         from orthoft.merging.plan import named_sources  # imports torch, which a wrong file should not wait for
 
-        sources = [JobSource(path=one) if isinstance(one, str) else one for one in self.sources]
+        sources = [Source(path=one) if isinstance(one, str) else one for one in self.sources]
         named = named_sources([(source.name, source.path) if source.name else source.path for source in sources])
         files = zip(named, sources, strict=True)
         weighted = any(source.weight is not None for source in sources)
@@ -75,3 +66,22 @@ def load_job(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = 
         return MergeJob.model_validate(raw)
     except ValidationError as error:
         raise RecipeError("\n".join(error_lines(error, raw))) from None
+
+
+def job(
+    base: str,
+    experts: Mapping[str, str],
+    words: Mapping[str, Any],
+    output: Path,
+    seed: int,
+    dtype: str | None,
+    statistics: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Return a merge of experts and others, folders by name, in the words of a trial, as ``orthoft merge`` reads it."""
+    weights = words.get("weights") or [1.0] * len(experts)
+    sources = [
+        {"path": folder, "name": task, "weight": weight} | ({"statistics": statistics[task]} if statistics else {})
+        for (task, folder), weight in zip(experts.items(), weights, strict=True)
+    ]
+    target = {"output": str(output), "seed": seed} | ({"dtype": dtype} if dtype else {})
+    return {"base": base, "sources": sources, **target, **{key: words[key] for key in words if key != "weights"}}

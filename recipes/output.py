@@ -97,7 +97,8 @@ def refuse_own_inputs(recipe: Recipe, base: Path, out: Path) -> None:
     data = [(f"data of {t.name}", file) for t in recipe.tasks for file in (t.data.train, t.data.tuning, t.data.test)]
     written = [(out / name).resolve() for name in ALL]
     given = [(f"expert of {t.name}", t.expert) for t in recipe.tasks]
-    for what, path in [("base", base), ("train_to_merge.general", general), *data, *given]:
+    others = [(f"merge.sources, {one.called}", one.path) for one in (recipe.merge.others if recipe.merge else ())]
+    for what, path in [("base", base), ("train_to_merge.general", general), *data, *given, *others]:
         if path is not None and any(Path(path).resolve().is_relative_to(place) for place in written):
             raise ValueError(f"{what}: {path} is among what this run writes to {out}: choose another output")
 

@@ -27,7 +27,7 @@ from orthoft.recipes.expert import Ready
 from orthoft.recipes.experts import Experts
 from orthoft.recipes.export_check import export_check
 from orthoft.recipes.harness import run_harness
-from orthoft.recipes.layout import MERGED, MERGED_LORA, RESULTS, SEARCH, expert_folder
+from orthoft.recipes.layout import MERGED, MERGED_LORA, RESULTS, SEARCH
 from orthoft.recipes.measuring import measured
 from orthoft.recipes.models import how_to_load
 from orthoft.recipes.output import output_opened, refuse_own_inputs
@@ -36,8 +36,8 @@ from orthoft.recipes.refit import refitted
 from orthoft.recipes.rehearse import rehearse
 from orthoft.recipes.schema import Again, Merge, MergeSearch, Recipe, as_arguments
 from orthoft.recipes.search_report import RESULT
-from orthoft.recipes.search_setup import files_of
 from orthoft.recipes.search_study import searched
+from orthoft.recipes.sources import files_of, sources_of
 from orthoft.recipes.table import MERGED as MERGED_ROWS
 from orthoft.recipes.table import gains, table
 from orthoft.recipes.whole import write_whole_json
@@ -172,7 +172,7 @@ class Run:
     def _merged(self, row: str, folder: Path, words: Mapping[str, Any], **output: Any) -> MergeReport:
         report = merge(
             self.base,
-            [(ready.task.name, expert_folder(self.out, ready.task.name)) for ready in self.ready],
+            sources_of(self.recipe),
             folder,
             statistics=files_of(self.recipe, STATISTICS_OF.get(words["method"])),
             overwrite=True,

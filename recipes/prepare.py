@@ -18,6 +18,7 @@ from orthoft.recipes.load import RecipeError
 from orthoft.recipes.models import config_of
 from orthoft.recipes.schema import Merge, Recipe
 from orthoft.recipes.search_setup import check_search
+from orthoft.recipes.sources import refuse_without_statistics
 from orthoft.recipes.task_schema import Task
 
 SHARDING = ("fsdp", "deepspeed")  # words of training
@@ -48,6 +49,7 @@ def check(recipe: Recipe) -> None:
     attempt("train_to_merge.penalty", partial(_penalised, recipe))
     if (wanted := recipe.merge) is not None:
         attempt("merge", lambda: wished(wanted, len(recipe.tasks)))
+        attempt("merge", partial(refuse_without_statistics, recipe))
         if (search := wanted.search) is not None:
             attempt("merge.search", partial(check_search, search))
     if mistakes:
@@ -56,7 +58,7 @@ def check(recipe: Recipe) -> None:
 
 def wished(merge: Merge, tasks: int) -> Wish:
     """Return what a recipe's merge asks for, checked."""
-    return wish_for(tasks, weights=merge.task_weights(tasks), **merge.words())
+    return wish_for(tasks + len(merge.sources), weights=merge.all_weights(tasks), **merge.words())
 
 
 def _mergeable(recipe: Recipe, task: Task) -> None:

@@ -24,6 +24,7 @@ from orthoft.recipes.load import RecipeError
 from orthoft.recipes.models import auto_class, config_of
 from orthoft.recipes.prepare import wished
 from orthoft.recipes.schema import Export, Merge, Recipe
+from orthoft.recipes.sources import ranks_of_others
 from orthoft.recipes.task_schema import Task
 
 Ranks = Mapping[str, int | None]  # of a task's factors, by the adapted matrix; None for a matrix without factors
@@ -83,7 +84,12 @@ def rehearse(recipe: Recipe, base: Path) -> None:
             word = "adapter" if task.expert is None else "expert"
             mistakes.append(f"tasks[{i}].{word}: {' '.join(str(error).split())}")
     if recipe.merge is not None and not mistakes:
-        mistakes = misnamed(base, saved) or merge_mistakes(recipe.merge, recipe.export, saved, TensorFolder(base))
+        stored = TensorFolder(base)
+        try:
+            others = ranks_of_others(recipe, stored)
+        except (ValueError, FileNotFoundError) as error:
+            raise RecipeError(f"merge.sources: {error}") from None
+        mistakes = misnamed(base, saved) or merge_mistakes(recipe.merge, recipe.export, saved, stored, others)
     if mistakes:
         raise RecipeError("\n".join(mistakes))
 
@@ -149,14 +155,22 @@ def misnamed(base: Path, saved: Mapping[str, Saved]) -> list[str]:
     ]
 
 
-def merge_mistakes(merge: Merge, export: Export, saved: Mapping[str, Saved], base: TensorFolder) -> list[str]:
+def merge_mistakes(
+    merge: Merge,
+    export: Export,
+    saved: Mapping[str, Saved],
+    base: TensorFolder,
+    others: Mapping[str, Mapping[str, int | None]] | None = None,
+) -> list[str]:
     """Return what forbids the merge's patterns, its space or the LoRA export, as one line, or nothing.
 
-    Patterns are of the names in the base's files, as those of a merge are. What is unknown is not judged.
+    ``others`` are ranks by the base's own names of what is merged beside what was saved. Patterns are of the names in
+    the base's files, as those of a merge are. What is unknown is not judged.
     """
     wish = wished(merge, len(saved))
     named = {task: own.in_base(base) for task, own in saved.items()}
     touched = {*chain.from_iterable(names.values() for names in named.values() if names is not None)}
+    touched |= {*chain.from_iterable(others.values() if others else ())}
     if None not in named.values() and all(own.complete for own in saved.values()):
         try:
             _check_patterns(wish, [name for name in base if name in touched and 0 not in base.shape(name)])
@@ -168,7 +182,10 @@ def merge_mistakes(merge: Merge, export: Export, saved: Mapping[str, Saved], bas
             weight = (names or {}).get(f"{module}.weight")
             if weight is not None and wish.selects(weight):
                 ranks.setdefault(weight, {})[task] = rank
-    return _space_mistakes(merge, wish, export, list(saved), ranks)
+    for name, own in (others or {}).items():
+        for weight in filter(wish.selects, own):
+            ranks.setdefault(weight, {})[name] = own[weight]
+    return _space_mistakes(merge, wish, export, [*saved, *(others or {})], ranks)
 
 
 def _check_patterns(wish: Wish, names: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -82,26 +83,51 @@ class Measured(Strict):
     only: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["*"])
 
 
+class Source(Strict):
+    """One fine-tuned model: a folder or a Hub id, how much it counts, and the file of its statistics."""
+
+    path: PathText
+    name: str | None = None
+    weight: float | None = None
+    statistics: PathText | None = None
+
+    @property
+    def called(self) -> str:
+        """Its name, or that of its folder."""
+        return self.name or Path(self.path).name or Path(self.path).resolve().name
+
+
 class Merge(MergeWords):
     """One call of ``orthoft.merging.merge``; one number in ``weights`` stands for all tasks.
 
-    ``refit_heads`` fits the tasks' linear heads anew on the merged model's features and writes them to its ``heads``.
-    Methods that take ``statistics`` are given them: files that are in the output already, or else measured.
+    ``sources`` are models that no task is for: adapters, checkpoints, merged deltas, merged beside the experts, and
+    not scored. ``refit_heads`` fits the tasks' linear heads anew on the merged model's features and writes them to its
+    ``heads``. Methods that take ``statistics`` are given them: files that are in the output already, or else measured.
     """
 
     weights: float | list[float] | None = None
+    sources: list[PathText | Source] = Field(default_factory=list)
     refit_heads: bool = False
     statistics: Measured | None = None
     search: MergeSearch | None = None
 
-    def task_weights(self, tasks: int) -> list[float] | None:
-        """Return one number per task, or None where the recipe gives none."""
-        return [self.weights] * tasks if isinstance(self.weights, int | float) else self.weights
+    @property
+    def others(self) -> list[Source]:
+        """The sources beside the experts."""
+        return [Source(path=one) if isinstance(one, str) else one for one in self.sources]
+
+    def all_weights(self, tasks: int) -> list[float] | None:
+        """Return one number per task and per source beside them, or None where the recipe gives none."""
+        own = [self.weights] * tasks if isinstance(self.weights, int | float) else self.weights
+        others = [one.weight for one in self.others]
+        if own is None and not any(weight is not None for weight in others):
+            return None
+        return [*(own or [1.0] * tasks), *(1.0 if weight is None else weight for weight in others)]
 
     def given(self, tasks: int) -> dict[str, Any]:
         """Return what the recipe gives of the merge itself, in the words of a trial of a search."""
         own = self.model_dump(include={*MergeWords.model_fields}, exclude_unset=True)
-        return own | {"weights": weights} if (weights := self.task_weights(tasks)) is not None else own
+        return own | {"weights": weights} if (weights := self.all_weights(tasks)) is not None else own
 
 
 class TrainToMerge(Strict):
@@ -209,6 +235,9 @@ class Recipe(Strict):
         if len({*loaded.values()}) > 1:
             kinds = " and ".join(f"{kind} ({auto})" for kind, auto in sorted(loaded.items()))
             raise ValueError(f"the tasks of one recipe share the class that loads their base, got {kinds}")
+        others = [one.called for one in self.merge.others] if self.merge else []
+        if twice := {name for name in others if (names + others).count(name) > 1}:
+            raise ValueError(f"merge.sources: two of what is merged have the name {min(twice)!r}: give one a name")
         weights = self.merge.weights if self.merge else None
         if isinstance(weights, list) and len(weights) != len(names):
             raise ValueError(f"merge.weights has {len(weights)} numbers for {len(names)} tasks")

@@ -16,6 +16,7 @@ import yaml
 from orthoft.merging.reports.page import Page, Section, Table
 from orthoft.merging.reports.pictures import COLOURS, NOTHING, legend, number
 from orthoft.merging.statistics import STATISTICS_OF
+from orthoft.recipes.merge_job import job
 from orthoft.recipes.schema import Objective
 from orthoft.recipes.table import Metrics, Scores, aligned, gains, mean_gain
 from orthoft.recipes.task_schema import LOWER_IS_BETTER
@@ -52,6 +53,7 @@ class Found:
     seed: int  # of methods that draw
     dtype: str | None  # of the export
     experts: dict[str, str]  # task: folder
+    others: dict[str, str]  # name: folder, of what is merged beside them
     metrics: Metrics
     aim: dict[str, Any]
     tuning: Scores
@@ -94,7 +96,7 @@ class Found:
     def job(self, output: Path) -> dict[str, Any]:
         """Return the best merge as ``orthoft merge`` reads it."""
         files = self.statistics.get(STATISTICS_OF.get(self.best.words["method"], ""))
-        return job(self.base, self.experts, self.best.words, output, self.seed, self.dtype, files)
+        return job(self.base, {**self.experts, **self.others}, self.best.words, output, self.seed, self.dtype, files)
 
     def save(self, folder: Path) -> None:
         """Write ``search.json``, ``search.html`` and ``merge.yaml``."""
@@ -112,25 +114,6 @@ class Found:
         for split, values in kept.items():
             rows.append([split, *("-" if value is None else f"{value:.0%}" for value in values.values())])
         return aligned(rows)
-
-
-def job(
-    base: str,
-    experts: Mapping[str, str],
-    words: Mapping[str, Any],
-    output: Path,
-    seed: int,
-    dtype: str | None,
-    statistics: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """Return a merge of experts, folders by task, in the words of a trial, as ``orthoft merge`` reads it."""
-    weights = words.get("weights") or [1.0] * len(experts)
-    sources = [
-        {"path": folder, "name": task, "weight": weight} | ({"statistics": statistics[task]} if statistics else {})
-        for (task, folder), weight in zip(experts.items(), weights, strict=True)
-    ]
-    target = {"output": str(output), "seed": seed} | ({"dtype": dtype} if dtype else {})
-    return {"base": base, "sources": sources, **target, **{key: words[key] for key in words if key != "weights"}}
 
 
 def by_task(scores: Scores, metrics: Metrics, objective: Objective) -> dict[str, float | None]:

@@ -16,12 +16,13 @@ from orthoft.merging import SPACES, plan
 from orthoft.merging.methods import get_method
 from orthoft.merging.spaces import get_space
 from orthoft.merging.statistics import KINDS, Statistics
-from orthoft.recipes.layout import SEARCH, STATISTICS, expert_folder, statistics_of
+from orthoft.recipes.layout import SEARCH
 from orthoft.recipes.live_merge import LiveMerge, held_bytes
 from orthoft.recipes.models import load_model
 from orthoft.recipes.schema import MergeSearch, Objective, Recipe
 from orthoft.recipes.search_report import JOB, PAGE, RESULT
 from orthoft.recipes.search_space import Candidate, candidates
+from orthoft.recipes.sources import files_of, sources_of
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -92,8 +93,7 @@ def open_live(recipe: Recipe, base: Path, memory: float) -> LiveMerge:
     """
     left = recipe.merge
     patterns: dict[str, Any] = {} if left is None else {"include": left.include, "exclude": left.exclude}
-    sources = [(task.name, expert_folder(Path(recipe.output), task.name)) for task in recipe.tasks]
-    todo = plan(base, sources, method="mean", space="full", seed=recipe.seed, **patterns)
+    todo = plan(base, sources_of(recipe), method="mean", space="full", seed=recipe.seed, **patterns)
     if (need := held_bytes(todo) / 1e9) > memory:
         raise ValueError(
             f"weights, deltas and a merge take up to {need:.1f} GB, more than the {memory:g} GB of --memory: "
@@ -104,14 +104,6 @@ def open_live(recipe: Recipe, base: Path, memory: float) -> LiveMerge:
     files = {kind: found for kind in KINDS if (found := files_of(recipe, kind))}
     numbers = {kind: {task: Statistics(file, todo.base) for task, file in files[kind].items()} for kind in files}
     return LiveMerge(todo, model, dtype, numbers)
-
-
-def files_of(recipe: Recipe, kind: str | None) -> dict[str, Path]:
-    """Return the files of statistics of one kind by task, if all tasks of a recipe have one; else none."""
-    if kind is None:  # of a method that takes none
-        return {}
-    files = {t.name: statistics_of(Path(recipe.output, STATISTICS), t.name, kind) for t in recipe.tasks}
-    return files if all(file.is_file() for file in files.values()) else {}
 
 
 def tried_here(live: LiveMerge, aim: Aim) -> tuple[list[Candidate], list[str]]:

@@ -42,7 +42,6 @@ from orthoft.recipes.search_setup import (
     Aim,
     aim_of,
     changed,
-    files_of,
     left_out,
     open_live,
     open_study,
@@ -51,6 +50,7 @@ from orthoft.recipes.search_setup import (
     tried_here,
 )
 from orthoft.recipes.search_space import start, suggest, tidy
+from orthoft.recipes.sources import files_of, others_of
 
 TRIAL = "trial"  # what Optuna keeps of one beside its draws
 TRIALS = 50  # without another budget
@@ -67,11 +67,10 @@ class Search:
     ) -> None:
         """Open it; ``again`` says whether to begin anew, None that another search in the way steps aside."""
         self.recipe, self.ready, self.aim, self.say, self.out = recipe, ready, aim, say, Path(recipe.output) / SEARCH
-        self.tasks, self.metrics = (
-            [task.name for task in recipe.tasks],
-            {task.name: task.metric for task in recipe.tasks},
-        )
+        self.metrics = {task.name: task.metric for task in recipe.tasks}
+        self.others = {other.called: other.path for other in others_of(recipe)}
         self.live = open_live(recipe, base, memory)
+        self.merged = [source.name for source in self.live.held]
         self.candidates, self.notes = tried_here(self.live, aim)
         wanted = recipe.merge
         self._always = (
@@ -86,7 +85,7 @@ class Search:
         self.scores = self._ends(aim.rows, "tuning")
         self.valued = self._valued()
         self.study = open_study(self.out, identity, len(self.valued) if aim.pareto else 1, bool(again))
-        self.own = None if wanted is None else self._tried(None, wanted.given(len(self.tasks)))
+        self.own = None if wanted is None else self._tried(None, wanted.given(len(recipe.tasks)))
 
     def _step_aside(self, what: Sequence[str]) -> None:
         """Give another search in the output a name of its own, if there is one: it may have taken hours."""
@@ -104,9 +103,8 @@ class Search:
             for kind, found in self.live.numbers.items()
             if kind in taken
         }
-        told = {"tried": tried, "experts": marks, "patterns": self._always} | (
-            {"statistics": numbers} if numbers else {}
-        )
+        told = {"tried": tried, "experts": marks, "patterns": self._always}
+        told |= ({"statistics": numbers} if numbers else {}) | ({"sources": self.others} if self.others else {})
         return {**asdict(self.aim), **told, "metrics": self.metrics, "dtype": self.recipe.export.dtype}
 
     def _valued(self) -> list[str]:
@@ -126,7 +124,7 @@ class Search:
     def _ends(self, rows: int | None, split: Split) -> dict[str, dict[str, dict[str, float]]]:
         """Score what the merges are measured by: the base on all tasks, and each expert on its own."""
         found = {BASE: self._score({}, [ready.at_start() for ready in self.ready], rows, split)}
-        for source, ready in zip(self.live.held, self.ready, strict=True):
+        for source, ready in zip(self.live.held, self.ready, strict=False):  # experts stand first
             found[ready.task.name] = self._score(source.deltas, [ready], rows, split)
         return found
 
@@ -183,9 +181,9 @@ class Search:
         )
         waiting = self.study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.WAITING])
         if number < len(self.candidates) and not waiting:
-            self.study.enqueue_trial(start(self.candidates[number], self.tasks))
+            self.study.enqueue_trial(start(self.candidates[number], self.merged))
         asked = self.study.ask()
-        words = tidy(suggest(asked, self.candidates, self.tasks, self.aim.equal_weights)) | self._always
+        words = tidy(suggest(asked, self.candidates, self.merged, self.aim.equal_weights)) | self._always
         trial = self._tried(number, words)
         asked.set_user_attr(TRIAL, asdict(trial))
         if trial.value is None:
@@ -215,7 +213,8 @@ class Search:
             base=self.recipe.base,
             seed=self.recipe.seed,
             dtype=self.recipe.export.dtype,
-            experts={task: str(expert_folder(Path(self.recipe.output), task)) for task in self.tasks},
+            experts={task: str(expert_folder(Path(self.recipe.output), task)) for task in self.metrics},
+            others=self.others,
             metrics=self.metrics,
             aim=asdict(self.aim),
             tuning=self.scores,

@@ -11,7 +11,9 @@ import pytest
 from cli_case import recipe, save_models
 from safetensors.torch import load_file, save_file
 
+from orthoft.merging import merge
 from orthoft.recipes import RecipeError, load, run
+from orthoft.recipes.merge_job import load_job
 from orthoft.recipes.search import search
 
 Words = dict[str, Any]
@@ -183,3 +185,67 @@ def test_what_does_not_fit_is_one_line_before_any_work(broken: Any, made: Path, 
     assert str(error.value).startswith(line)
     assert len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "out" / "recipe.yaml").exists()
+
+
+# Models that no task is for
+
+
+def beside(made: Path, out: Path, *overrides: str) -> Words:
+    told: Words = load(made / "recipe.yaml", [f"output={out}", *overrides]).model_dump(mode="json", exclude_unset=True)
+    return told
+
+
+def test_models_beside_the_experts_are_merged_with_them(made: Path, tmp_path: Path) -> None:
+    """A LoRA and a checkpoint, with weights; the same as `orthoft.merging.merge` of all four."""
+    sources = [{"path": str(made / "query"), "weight": 0.5}, {"path": str(made / "out" / "merged"), "name": "whole"}]
+    words = beside(made, tmp_path / "out")
+    words["merge"] = {"method": "task_arithmetic", "sources": sources}
+    results = run(words)
+    experts = [(name, tmp_path / "out" / "experts" / name) for name in "ab"]
+    all_four = [*experts, ("query", made / "query"), ("whole", made / "out" / "merged")]
+    weights = [1.0, 1.0, 0.5, 1.0]
+    merge(made / "bert", all_four, tmp_path / "again", method="task_arithmetic", weights=weights, progress=False)
+    one, other = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "out" / "merged", tmp_path / "again")
+    )
+    assert all(one[name].equal(other[name]) for name in other)
+    assert list(results["merge"]["sources"]) == ["a", "b", "query", "whole"]
+    assert results["scores"].keys() == {"base", "a", "b", "merge"}
+    pytest.importorskip("optuna")
+    found = search(words, trials=2, methods=["task_arithmetic"], spaces=["full"], objective="score")
+    assert found["others"] == {"query": str(made / "query"), "whole": str(made / "out" / "merged")}
+    assert [len(trial["words"]["weights"]) for trial in found["trials"]] == [4, 4]
+    job = load_job(tmp_path / "out" / "search" / "merge.yaml").arguments()
+    assert [name for name, _ in job["sources"]] == ["a", "b", "query", "whole"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "line"),
+    [
+        ({"sources": ["./nowhere"]}, "merge.sources[0]: no such folder: "),
+        ({"sources": ["{made}/query", "{made}/query"]}, "merge.sources: two of what is merged have the name 'query'"),
+        (
+            {"sources": [{"path": "{made}/query", "name": "a"}]},
+            "merge.sources: two of what is merged have the name 'a'",
+        ),
+        ({"sources": [{"path": "{made}/a", "name": "c"}]}, "merge.sources: source 'c': "),
+        ({"sources": ["{made}/query"], "method": "regmean"}, "merge: 'regmean' takes gram statistics of all it merges"),
+        ({"sources": ["{made}/bert"], "space": "core"}, "merge: "),
+        ({"sources": ["{made}/query"], "weights": [1, 1, 1]}, "merge.weights has 3 numbers for 2 tasks"),
+    ],
+)
+def test_models_that_cannot_be_merged_with_them(wanted: Words, line: str, made: Path, tmp_path: Path) -> None:
+    def placed(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.format(made=made)
+        if isinstance(value, dict):
+            return {key: placed(one) for key, one in value.items()}
+        return [placed(one) for one in value] if isinstance(value, list) else value
+
+    words = beside(made, tmp_path / "out")
+    words["merge"] = {"method": "mean", **placed(wanted)}
+    with pytest.raises((RecipeError, FileNotFoundError, ValueError)) as error:
+        run(words)
+    assert str(error.value).startswith(line)
+    assert len(str(error.value).splitlines()) == 1
+    assert not (tmp_path / "out").exists()

@@ -276,7 +276,7 @@ def test_overrides_reach_into_lists_and_read_numbers(models: Path, tmp_path: Pat
     assert recipe.tasks[0].training["learning_rate"] == 3e-3
     assert recipe.tasks[0].name == "first"
     assert recipe.merge is not None
-    assert recipe.merge.task_weights(2) == [1, 0.5]
+    assert recipe.merge.all_weights(2) == [1, 0.5]
     assert words["tasks"][1]["training"] == {"learning_rate": 1e-2}  # what was handed over is not changed
 
 
@@ -305,7 +305,7 @@ def test_variables_are_replaced_in_paths(models: Path, tmp_path: Path, monkeypat
 def test_one_weight_stands_for_all_tasks(models: Path, tmp_path: Path) -> None:
     recipe = load(classification(models, tmp_path / "out"), ["merge.weights=0.3"])
     assert recipe.merge is not None
-    assert recipe.merge.task_weights(2) == [0.3, 0.3]
+    assert recipe.merge.all_weights(2) == [0.3, 0.3]
 
 
 def test_our_name_wins_and_pefts_can_be_forced() -> None:
