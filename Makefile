@@ -6,7 +6,7 @@ DEMO := .cache/demo
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-lm results test lint docs types audit check faults clean
+.PHONY: demo demo-lm results test lint docs types audit check faults deepspeed clean
 
 # torch goes first and by version: whatever asks for "torch" later finds it there.
 $(BIN)/.ready: pyproject.toml constraints.txt
@@ -67,6 +67,16 @@ check: lint types audit
 faults: export OMP_NUM_THREADS = 1
 faults: $(BIN)/.ready  ## for every night: 50 kills of merges and 50 of runs, full disks, odd locales (minutes)
 	$(BIN)/python scripts/faults.py --rounds 50
+
+# In an environment of its own: it compiles against torch, and changes what accelerate does where it is installed.
+DEEPSPEED := .cache/deepspeed
+deepspeed: export DS_BUILD_OPS = 0
+deepspeed:  ## for every night, too: two processes under DeepSpeed train as under DDP (minutes)
+	$(PYTHON) -m venv $(DEEPSPEED)
+	$(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
+	$(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' setuptools wheel
+	$(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[deepspeed]'
+	$(DEEPSPEED)/bin/python -m pytest -k deepspeed
 
 clean:
 	rm -rf $(VENV) .cache runs build dist *.egg-info

@@ -33,6 +33,7 @@ FEATURES = (
     Feature("search for the best merge", ("optuna",)),
     Feature("tasks of pictures", ("pillow",)),
     Feature("training by TRL", ("trl",)),
+    Feature("training by DeepSpeed", ("deepspeed",)),
     Feature("lm-evaluation-harness", ("lm_eval",)),
     Feature("models for llama.cpp", ("gguf",)),
 )

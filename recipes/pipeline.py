@@ -138,8 +138,7 @@ class Run:
 
     def measure(self, wanted: Merge) -> None:
         """Measure what the methods that the recipe names merge with, if they take numbers from data."""
-        named = (wanted.method, *((wanted.search.methods or ()) if wanted.search else ()))
-        for kind, method in {STATISTICS_OF[name]: name for name in named if name in STATISTICS_OF}.items():
+        for kind, method in {STATISTICS_OF[name]: name for name in wanted.methods if name in STATISTICS_OF}.items():
             self.say(f"measuring the experts for {method}")
             with self.timed("statistics"), roomy(f"{kind} statistics", LOWER):
                 measured(self.recipe, self.base, self.ready, kind, wanted.statistics, self.say)

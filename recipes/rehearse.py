@@ -18,6 +18,7 @@ from orthoft.merging.formats.ours import get_reader
 from orthoft.merging.formats.registry import Extent
 from orthoft.merging.formats.tokens import TOKENS
 from orthoft.merging.sources.names import match_names
+from orthoft.merging.statistics import STATISTICS_OF
 from orthoft.merging.wish import Wish, check_patterns
 from orthoft.recipes.elsewhere import folder_of, refuse_others_tensors
 from orthoft.recipes.load import RecipeError
@@ -25,6 +26,7 @@ from orthoft.recipes.models import auto_class, config_of
 from orthoft.recipes.prepare import wished
 from orthoft.recipes.schema import Export, Merge, Recipe
 from orthoft.recipes.sources import ranks_of_others
+from orthoft.recipes.statistics import refuse_unknown
 from orthoft.recipes.task_schema import Task
 
 Ranks = Mapping[str, int | None]  # of a task's factors, by the adapted matrix; None for a matrix without factors
@@ -84,6 +86,8 @@ def rehearse(recipe: Recipe, base: Path) -> None:
             word = "adapter" if task.expert is None else "expert"
             mistakes.append(f"tasks[{i}].{word}: {' '.join(str(error).split())}")
     if recipe.merge is not None and not mistakes:
+        mistakes = unmeasurable(recipe.merge, recipe.tasks[0].kind, base)
+    if recipe.merge is not None and not mistakes:
         stored = TensorFolder(base)
         try:
             others = ranks_of_others(recipe, stored)
@@ -92,6 +96,25 @@ def rehearse(recipe: Recipe, base: Path) -> None:
         mistakes = misnamed(base, saved) or merge_mistakes(recipe.merge, recipe.export, saved, stored, others)
     if mistakes:
         raise RecipeError("\n".join(mistakes))
+
+
+def unmeasurable(merge: Merge, kind: str, base: Path) -> list[str]:
+    """Return a line if ``merge.statistics.only`` leaves nothing of which a method of the merge has numbers."""
+    if merge.statistics is None:
+        return []
+    model = _shapes(kind, base)
+    try:
+        for numbers in {STATISTICS_OF[name] for name in merge.methods if name in STATISTICS_OF}:
+            refuse_unknown(model, numbers, merge.statistics.only)
+    except ValueError as error:
+        return [f"merge.statistics.only: {error}"]
+    return []
+
+
+def _shapes(kind: str, base: Path) -> Any:
+    """Return the model of a base without its weights."""
+    with torch.device("meta"):
+        return auto_class(kind).from_config(AutoConfig.from_pretrained(str(base), trust_remote_code=False))
 
 
 def adapter_ranks(task: Task, base: Path, to_merge: bool) -> Ranks:
@@ -111,9 +134,8 @@ def saved_by(task: Task, base: Path, to_merge: bool) -> Saved:
     """
     config = config_of(task)
     with torch.device("meta"):
-        model: Any = auto_class(task.kind).from_config(AutoConfig.from_pretrained(str(base), trust_remote_code=False))
         try:
-            model = peft.get_peft_model(model, config)
+            model: Any = peft.get_peft_model(_shapes(task.kind, base), config)
         except NotImplementedError:  # an adapter that starts from the weights' values: it cannot be built without them
             return Saved(complete=False)
     state = peft.get_peft_model_state_dict(model)

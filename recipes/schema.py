@@ -116,6 +116,11 @@ class Merge(MergeWords):
         """The sources beside the experts."""
         return [Source(path=one) if isinstance(one, str) else one for one in self.sources]
 
+    @property
+    def methods(self) -> list[str]:
+        """The methods that it names, those of its search among them."""
+        return [self.method, *((self.search.methods or ()) if self.search else ())]
+
     def all_weights(self, tasks: int) -> list[float] | None:
         """Return one number per task and per source beside them, or None where the recipe gives none."""
         own = [self.weights] * tasks if isinstance(self.weights, int | float) else self.weights

@@ -46,8 +46,7 @@ def refuse_without_statistics(recipe: Recipe) -> None:
     """
     if recipe.merge is None:
         return
-    search = recipe.merge.search
-    for method in (recipe.merge.method, *((search.methods or ()) if search else ())):
+    for method in recipe.merge.methods:
         kind = STATISTICS_OF.get(method)
         for place, other in enumerate(recipe.merge.others if kind else ()):
             has = "none" if other.statistics is None else _kind_in(Path(other.statistics))

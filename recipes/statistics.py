@@ -242,6 +242,15 @@ def _loss(model: nn.Module, example: Batch) -> Tensor:
     return loss
 
 
+def refuse_unknown(model: nn.Module, kind: str, only: Sequence[str]) -> None:
+    """Check that a model, which may be without storage, has weights of which this kind of numbers is measured.
+
+    Raises:
+        ValueError: none is named like one of the patterns.
+    """
+    _wanted(linear_layers(model) if kind == "gram" else base_parameters(model), only)
+
+
 def _wanted(weights: Iterable[tuple[str, Found]], only: Sequence[str]) -> list[tuple[str, Found]]:
     found = [(name, what) for name, what in weights if any(fnmatchcase(name, pattern) for pattern in only)]
     if not found:

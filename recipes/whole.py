@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Write a file under another name beside it, and put it in place once it is complete."""
+    """Write a file under another name beside it, and put it in place once it is complete and on the disk."""
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_bytes(content)
+    with partial.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
     partial.replace(file)
 
 

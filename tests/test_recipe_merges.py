@@ -136,6 +136,7 @@ def test_what_a_search_names_is_measured_too(made: Path, root: Path) -> None:
         ("merge.search={tirals: 3}", "merge.search.tirals: unknown key, did you mean 'trials'?"),
         ("merge.statistics={examples: 0}", "merge.statistics.examples: expected greater than 0, got 0"),
         ("merge.statistics={only: []}", "merge.statistics.only: "),
+        ("merge={method: regmean, statistics: {only: ['*.LayerNorm.weight']}}", "merge.statistics.only: the model has"),
     ],
 )
 def test_a_mistake_in_them_is_one_line_before_any_work(override: str, line: str, made: Path, tmp_path: Path) -> None:

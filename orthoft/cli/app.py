@@ -17,6 +17,7 @@ from orthoft.cli.output import Output
 
 app = Commands(pretty_exceptions_enable=False)
 INTERRUPTED = 130
+TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")  # imported, they tell of kernels that they do without
 BAD_INPUT = (
     *(ValueError, TypeError, KeyError),
     *(FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError),
@@ -73,8 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a text that a model wrote must not end a run in ASCII
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if "--debug" not in arguments:  # it tells, once imported, of kernels on some CPUs that it does without
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in () if "--debug" in arguments else TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     command = typer.main.get_command(app)
     try:
         code = command.main(arguments, prog_name="orthoft", standalone_mode=False) or 0
