@@ -24,6 +24,7 @@ from torch import Tensor
 
 from orthoft.errors import unknown
 from orthoft.linalg import at_least_float32
+from orthoft.merging.files.header import read_header
 from orthoft.merging.files.tensors import TensorFolder, as_matrix, is_finite, matrix_shape
 from orthoft.merging.sources.names import match_names
 
@@ -49,6 +50,21 @@ def statistics_file(path: str | Path) -> Path:
     return path if path.suffix == ".safetensors" else path / f"{STEM}.safetensors"
 
 
+def metadata_in(path: str | Path) -> Mapping[str, str]:
+    """Return what a file of statistics says of itself, its ``kind`` among it; see the module.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is corrupt.
+    """
+    file = statistics_file(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no statistics: there is no file {file}")
+    read_header(file)
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata() or {}
+
+
 class Statistics:
     """The statistics of one task; only the headers are read at first, `get` reads those of one weight.
 
@@ -62,11 +78,8 @@ class Statistics:
 
     def __init__(self, path: str | Path, base: TensorFolder) -> None:
         self.file = statistics_file(path)
-        if not self.file.is_file():
-            raise FileNotFoundError(f"no statistics: there is no file {self.file}")
+        self.metadata = metadata_in(path)
         self._tensors = TensorFolder(self.file.parent, self.file.stem)
-        with safe_open(self.file, framework="pt") as opened:
-            self.metadata: Mapping[str, str] = opened.metadata() or {}
         self.kind = self.metadata.get("kind", "")
         if self.kind not in KINDS:
             raise unknown(f"kind in the metadata of {self.file}:", self.metadata.get("kind"), KINDS)

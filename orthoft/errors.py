@@ -6,6 +6,10 @@ import difflib
 from collections.abc import Iterable
 
 
+class NeedsWeights(ValueError):
+    """An adapter takes something from a weight that has no values: it is on the meta device."""
+
+
 def unknown(what: str, name: object, choices: Iterable[str]) -> ValueError:
     """Return the error for a name that is not one of ``choices``: it names the nearest one and lists them all."""
     choices = list(choices)

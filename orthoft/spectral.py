@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from orthoft.adapter import Adapter, FrozenLinear, Map, cast_for_autocast, have_values, is_replica
 from orthoft.bases import check_fingerprint
 from orthoft.delta import Delta, Dense, LowRank
+from orthoft.errors import NeedsWeights
 from orthoft.linalg import at_least_float32
 from orthoft.sparse import (
     compressed,
@@ -73,7 +74,9 @@ class SpectralUpdate(Adapter):
         """
         W = weight()
         if W.is_meta:
-            raise ValueError("SVFT takes its bases from the weight, which is on the meta device: load the model first")
+            raise NeedsWeights(
+                "SVFT takes its bases from the weight, which is on the meta device: load the model first"
+            )
         rank = None if self.k == min(self.shape) else self.k
         found = spectral_bases(W, rank, self.config.svd, self.config.seed)
         self._buffers.update(zip(("U", "sigma", "V"), found, strict=True))

@@ -136,7 +136,7 @@ def read_splits(data: Data, seed: int, check: Callable[[Row, Split, str], None])
     Raises:
         ValueError: a file cannot be read, or has too few rows.
     """
-    names: dict[Split, str | None] = {"train": data.learnt_from, "tuning": data.tuning, "test": data.test}
+    names: dict[Split, str | None] = {"train": data.train, "tuning": data.tuning, "test": data.test}
     rows: dict[Split, list[tuple[int, Row]]] = {}
     for split, name in names.items():
         if name is None:
@@ -150,11 +150,11 @@ def read_splits(data: Data, seed: int, check: Callable[[Row, Split, str], None])
         rows[split] = list(enumerate(found, 1))
         random.Random(seed).shuffle(rows[split])
     if "tuning" not in rows:
-        rows["tuning"], rows["train"] = _set_aside(rows["train"], data.learnt_from)
+        rows["tuning"], rows["train"] = _set_aside(rows["train"], data.train)
     kept = {split: rows[split][: data.limit.get(split)] for split in SPLITS}
     for split in SPLITS:
         for number, row in kept[split]:
-            check(row, split, f"{names[split] or data.learnt_from}, row {number}")
+            check(row, split, f"{names[split] or data.train}, row {number}")
     return {split: [row for _, row in kept[split]] for split in SPLITS}
 
 

@@ -12,22 +12,14 @@ Split = Literal["train", "tuning", "test"]
 
 
 class Data(Strict):
-    """Files (JSONL, CSV, Parquet), or the splits of a ``datasets`` name in its own notation, as ``train[:90%]``.
-
-    Where nothing is trained, ``tuning`` may stand alone beside ``test``: it serves as both.
-    """
+    """Files (JSONL, CSV, Parquet), or the splits of a ``datasets`` name in its own notation, as ``train[:90%]``."""
 
     dataset: str | None = None
     subset: str | None = None
-    train: PathText | None = None
+    train: PathText
     tuning: PathText | None = None
     test: PathText
     limit: dict[Split, PositiveInt] = Field(default_factory=dict)
-
-    @property
-    def learnt_from(self) -> str:
-        """The split of which all is learnt that is learnt before or beside a training."""
-        return str(self.train or self.tuning)
 
     @model_validator(mode="after")
     def _subset_of_a_dataset(self) -> Data:

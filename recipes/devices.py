@@ -100,6 +100,11 @@ def placed(args: TrainingArguments, name: str | None) -> TrainingArguments:
     return args
 
 
+def set_up(name: str | None) -> None:
+    """Set accelerate's state up on a recipe's device, as the arguments of a training do, where there is none."""
+    placed(TrainingArguments(use_cpu=on_cpu(name), report_to="none"), name)
+
+
 def _told(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
 

@@ -22,14 +22,13 @@ from orthoft.merging.files.tensors import TensorFolder
 from orthoft.merging.reports.card import CARD
 from orthoft.merging.statistics import KINDS
 from orthoft.recipes.data import read_file
-from orthoft.recipes.elsewhere import WEIGHTS, config_in, folder_of, head_in
+from orthoft.recipes.elsewhere import WEIGHTS, config_in, files_of_expert, folder_of, head_in
 from orthoft.recipes.head import Head
 from orthoft.recipes.kinds import Kind, TaskData, kind_of
 from orthoft.recipes.layout import FINISHED, STATISTICS, expert_folder, head_file, statistics_of
 from orthoft.recipes.schema import Recipe
 from orthoft.recipes.task_schema import ImageClassification, Task
 
-OF_EXPERTS = (".safetensors", ".json")
 PROBES, PROBE = 64, 2**16  # places in a file of weights that are looked at, and the bytes of each
 
 
@@ -79,7 +78,7 @@ def _samples(base: Path) -> list[list[Any]]:
 
 def _trains(task: Task) -> dict[str, Any]:
     """Return the words of a task that its expert depends on."""
-    unread = set[str]() if task.expert is None else {"adapter", "training", "early_stopping"}
+    unread = {"expert"} if task.expert is None else {"expert", "adapter", "training", "early_stopping"}
     return task.model_dump(mode="json", exclude={"metric", *unread})
 
 
@@ -87,7 +86,7 @@ def _digests(task: Task) -> list[str]:
     named = [task.data.train, task.data.tuning, task.data.test] if task.data.dataset is None else []
     files = [Path(name) for name in named if name]
     pictures = [picture for file in files for picture in _pictures(file, task)]
-    given = [] if task.expert is None else [f for f in sorted(folder_of(task).rglob("*.*")) if f.suffix in OF_EXPERTS]
+    given = [] if task.expert is None else files_of_expert(folder_of(task))
     return [_digest(file) for file in (*files, *pictures, *given)]
 
 
@@ -124,7 +123,7 @@ def read_tasks(recipe: Recipe, tasks: Sequence[Task], base: Path) -> list[Ready]
     found = [Ready(kind, kind.data(recipe.seed), None, fingerprint(recipe, kind.task, base)) for kind in kinds]
     for ready in found:
         if ready.task.expert is not None:
-            head_in(folder_of(ready.task), ready.task, ready.data.classes)
+            head_in(folder_of(ready.task), ready.kind, ready.data.classes, base)
     return found
 
 
@@ -166,7 +165,7 @@ def save(model: peft.PeftModel, folder: Path, told: dict[str, Any]) -> None:
         model.save_pretrained(str(partial), state_dict=state)
 
 
-def take(ready: Ready, folder: Path) -> None:
+def take(ready: Ready, base: Path, folder: Path) -> None:
     """Copy a task's expert from elsewhere, and the head that came with it, as if they had been trained here."""
     task, source = ready.task, folder_of(ready.task)
     config, tensors = config_in(source, task.kind), TensorFolder(source, WEIGHTS)
@@ -174,18 +173,20 @@ def take(ready: Ready, folder: Path) -> None:
         "task": task.name,
         "taken_from": str(task.expert),
         "own_card": (source / CARD).is_file(),
+        "base": config.base_model_name_or_path,
         "adapter": {"type": str(getattr(config.peft_type, "value", config.peft_type)).lower()},
         "parameters": sum(math.prod(tensors.shape(name)) for name in tensors),
         "fingerprint": ready.mark,
     }
     head_file(folder).unlink(missing_ok=True)
-    if (head := head_in(source, task, ready.data.classes)) is not None:
+    if (head := head_in(source, ready.kind, ready.data.classes, base)) is not None:
         head.save(head_file(folder))
     with _appearing(folder, told) as partial:
         partial.mkdir(parents=True)
         for file in (source / CARD, *source.glob(f"{WEIGHTS}*.safetensors*")):
             if file.is_file():
                 shutil.copyfile(file, partial / file.name)
+        config.base_model_name_or_path = str(base)
         config.save_pretrained(str(partial))
 
 
@@ -194,7 +195,10 @@ def _appearing(folder: Path, told: dict[str, Any]) -> Iterator[Path]:
     """Give the place of an expert to write into; it takes that of ``folder`` when all is there."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    yield partial
-    (partial / FINISHED).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    try:
+        yield partial
+        (partial / FINISHED).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -59,8 +59,10 @@ class Experts:
             task, data, folder = ready.task, ready.data, self.expert(ready.task.name)
             sizes = ", ".join(f"{len(getattr(data, split))} {split}" for split in SPLITS)
             self.say(f"{task.name}: {sizes}, {ready.kind.about(data)}")
-            lost = getattr(task, "head", None) == "trained" and not head_file(folder).is_file()
+            learnt = task.expert is not None or getattr(task, "head", None) == "trained"
+            lost = bool(data.classes) and learnt and not head_file(folder).is_file()
             known = None if lost else finished(folder, ready.mark)
+            PartialState().wait_for_everyone()  # all have looked before one changes anything
             if known is not None:
                 self.say(f"  reused {folder}")
             else:
@@ -88,11 +90,13 @@ class Experts:
     def _taken(self, ready: Ready, folder: Path) -> dict[str, Any]:
         """Take a task's expert from elsewhere and return what is known of it."""
         if PartialState().is_main_process:
-            take(ready, folder)
+            take(ready, self.base, folder)
         PartialState().wait_for_everyone()
         known = finished(folder, ready.mark)
         assert known is not None
         self.say(f"  {known['adapter']['type']}, {known['parameters']:,} parameters, taken from {ready.task.expert}")
+        if known["base"] not in (self.recipe.base, str(self.base)):
+            self.say(f"  its config names another base, {known['base']}; its tensors fit this one")
         return known
 
     def choose_subspaces(self) -> None:

@@ -226,7 +226,7 @@ def missing_files(recipe: Recipe) -> list[str]:
     for i, one in enumerate(recipe.merge.others if recipe.merge else ()):
         if _is_path(one.path) and not Path(one.path).is_dir():
             absent.append(f"merge.sources[{i}]: no such folder: {Path(one.path).absolute()}")
-        if one.statistics is not None and not Path(one.statistics).is_file():
+        if one.statistics is not None and not Path(one.statistics).exists():
             absent.append(f"merge.sources[{i}].statistics: no such file: {Path(one.statistics).absolute()}")
     general = None if recipe.train_to_merge is None else recipe.train_to_merge.general
     if general is not None and not Path(general).is_file():

@@ -10,11 +10,10 @@ from typing import Any
 import peft
 import torch
 import yaml
-from safetensors import safe_open
 from torch import nn
 
 from orthoft.merging.files.hub import find_folder
-from orthoft.merging.statistics import STATISTICS_OF
+from orthoft.merging.statistics import STATISTICS_OF, metadata_in
 from orthoft.recipes.devices import merge_device
 from orthoft.recipes.expert import Ready, read_experts
 from orthoft.recipes.layout import STATISTICS, expert_folder, statistics_of
@@ -23,7 +22,7 @@ from orthoft.recipes.models import load_model
 from orthoft.recipes.output import tasks_locked
 from orthoft.recipes.prepare import check, quiet
 from orthoft.recipes.schema import Measured, Recipe
-from orthoft.recipes.sources import others_of, sources_of
+from orthoft.recipes.sources import kind_of_numbers, others_of, sources_of
 from orthoft.recipes.statistics import adam_moments, collect
 from orthoft.recipes.whole import write_whole_text
 
@@ -45,6 +44,9 @@ def measure_experts(
                 _measure_one(recipe, base, ready, kind, file := files[ready.task.name], wanted)
                 say(f"{ready.task.name}: {file}")
     file = folder / f"merge-{kind}.yaml"
+    for other in others_of(recipe):
+        if kind_of_numbers(other) != kind:
+            say(f"{other.called}: left out of {file}, it has no {kind} statistics")
     write_whole_text(file, yaml.safe_dump(merge_job(recipe, kind, folder), sort_keys=False))
     return file
 
@@ -69,8 +71,7 @@ def _asked(words: Measured) -> dict[str, str]:
 
 
 def _told(file: Path) -> dict[str, str]:
-    with safe_open(file, framework="pt") as opened:
-        metadata: Mapping[str, str] = opened.metadata() or {}
+    metadata = metadata_in(file)
     return {key: metadata.get(key, "") for key in ("asked", "only")}
 
 
@@ -112,7 +113,7 @@ def merge_job(recipe: Recipe, kind: str, folder: Path) -> dict[str, Any]:
     names = [task.name for task in recipe.tasks]
     files = {name: str(file) for name in names if (file := statistics_of(folder, name, kind)).is_file()}
     others = {other.called: other for other in others_of(recipe)}
-    files |= {name: other.statistics for name, other in others.items() if other.statistics is not None}
+    files |= {name: str(other.statistics) for name, other in others.items() if kind_of_numbers(other) == kind}
     words, wanted = dict[str, Any](method=METHOD[kind]), recipe.merge
     if wanted is not None and STATISTICS_OF.get(wanted.method) == kind:
         words = wanted.given(len(names))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -97,7 +98,8 @@ def refuse_own_inputs(recipe: Recipe, base: Path, out: Path) -> None:
     data = [(f"data of {t.name}", file) for t in recipe.tasks for file in (t.data.train, t.data.tuning, t.data.test)]
     written = [(out / name).resolve() for name in ALL]
     given = [(f"expert of {t.name}", t.expert) for t in recipe.tasks]
-    others = [(f"merge.sources, {one.called}", one.path) for one in (recipe.merge.others if recipe.merge else ())]
+    found = recipe.merge.others if recipe.merge else ()
+    others = [(f"merge.sources, {one.called}", path) for one in found for path in (one.path, one.statistics)]
     for what, path in [("base", base), ("train_to_merge.general", general), *data, *given, *others]:
         if path is not None and any(Path(path).resolve().is_relative_to(place) for place in written):
             raise ValueError(f"{what}: {path} is among what this run writes to {out}: choose another output")
@@ -117,11 +119,18 @@ def _refuse(recipe: Recipe, out: Path, again: Again) -> None:
     if (out / RECIPE).is_file():
         before = yaml.safe_load((out / RECIPE).read_text(encoding="utf-8"))  # as it was written
         words = recipe.model_dump(mode="json")
-        if any(before.get(key) != words[key] for key in TRAINS):
+        if any(_given(before.get(key)) != _given(words[key]) for key in TRAINS):
             raise FileExistsError(
                 f"{out} holds a run of another recipe: --keep-experts trains only what changed, --overwrite starts "
                 "again; or choose another output"
             )
+
+
+def _given(words: Any) -> Any:
+    """Return words of a recipe without those that are not given, which an older version may not know."""
+    if isinstance(words, dict):
+        return {key: _given(one) for key, one in words.items() if one is not None}
+    return [_given(one) for one in words] if isinstance(words, list) else words
 
 
 def _replaced(out: Path, again: Again, tasks: Sequence[str] | None) -> list[Path]:

@@ -11,14 +11,15 @@ from pathlib import Path
 import transformers
 
 from orthoft.merging import READERS
+from orthoft.merging.files.hub import find_folder
 from orthoft.merging.wish import Wish, wish_for
-from orthoft.recipes.devices import check_device, check_launch, in_parts, with_deepspeed
+from orthoft.recipes.devices import check_device, check_launch, in_parts, set_up, with_deepspeed
 from orthoft.recipes.finetune import training_arguments
 from orthoft.recipes.load import RecipeError
 from orthoft.recipes.models import config_of
 from orthoft.recipes.schema import Merge, Recipe
 from orthoft.recipes.search_setup import check_search
-from orthoft.recipes.sources import refuse_without_statistics
+from orthoft.recipes.sources import others_of, refuse_without_statistics
 from orthoft.recipes.task_schema import Task
 
 SHARDING = ("fsdp", "deepspeed")  # words of training
@@ -42,11 +43,14 @@ def check(recipe: Recipe) -> None:
     attempt("accelerate launch", check_launch)
     trainable = not mistakes  # else every task would tell of it
     for i, task in enumerate(recipe.tasks):
-        word = "adapter" if task.expert is None else "expert"
-        attempt(f"tasks[{i}].{word}", partial(_mergeable, recipe, task))
+        attempt(f"tasks[{i}].{task.given}", partial(_mergeable, recipe, task))
         if trainable and task.expert is None:
             attempt(f"tasks[{i}].training", partial(training_arguments, recipe, task, Path(recipe.output)))
+    if trainable and all(task.expert is not None for task in recipe.tasks):
+        set_up(recipe.device)
     attempt("train_to_merge.penalty", partial(_penalised, recipe))
+    for i, other in enumerate(others_of(recipe)):
+        attempt(f"merge.sources[{i}]", partial(find_folder, other.path, "source"))
     if (wanted := recipe.merge) is not None:
         attempt("merge", lambda: wished(wanted, len(recipe.tasks)))
         attempt("merge", partial(refuse_without_statistics, recipe))
@@ -64,14 +68,15 @@ def wished(merge: Merge, tasks: int) -> Wish:
 def _mergeable(recipe: Recipe, task: Task) -> None:
     config = config_of(task)
     if recipe.merge is not None and config.peft_type not in READERS:
-        name = config.peft_type if task.adapter is None else task.adapter.type
+        name = getattr(config.peft_type, "value", config.peft_type) if task.expert else task.trained.type
         raise ValueError(f"type {name!r} cannot be merged, only {', '.join(READERS)} can")
 
 
 def _penalised(recipe: Recipe) -> None:
     if recipe.train_to_merge is None or recipe.train_to_merge.penalty is None:
         return
-    if in_parts() or with_deepspeed() or any(task.training.get(word) for task in recipe.tasks for word in SHARDING):
+    trained = [task.training for task in recipe.tasks if task.expert is None]
+    if in_parts() or with_deepspeed() or any(words.get(word) for words in trained for word in SHARDING):
         raise ValueError("it needs whole weights and gradients, which FSDP and DeepSpeed do not leave: launch with DDP")
 
 

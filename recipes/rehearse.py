@@ -13,10 +13,13 @@ import peft
 import torch
 from transformers import AutoConfig
 
+from orthoft.errors import NeedsWeights
+from orthoft.merging import READERS
 from orthoft.merging.files.tensors import TensorFolder
 from orthoft.merging.formats.ours import get_reader
 from orthoft.merging.formats.registry import Extent
 from orthoft.merging.formats.tokens import TOKENS
+from orthoft.merging.sources.adapter import open_source
 from orthoft.merging.sources.names import match_names
 from orthoft.merging.statistics import STATISTICS_OF
 from orthoft.merging.wish import Wish, check_patterns
@@ -83,8 +86,7 @@ def rehearse(recipe: Recipe, base: Path) -> None:
         try:
             saved[task.name] = saved_by(task, base, to_merge=recipe.merge is not None)
         except (ValueError, TypeError, FileNotFoundError) as error:
-            word = "adapter" if task.expert is None else "expert"
-            mistakes.append(f"tasks[{i}].{word}: {' '.join(str(error).split())}")
+            mistakes.append(f"tasks[{i}].{task.given}: {' '.join(str(error).split())}")
     if recipe.merge is not None and not mistakes:
         mistakes = unmeasurable(recipe.merge, recipe.tasks[0].kind, base)
     if recipe.merge is not None and not mistakes:
@@ -133,14 +135,14 @@ def saved_by(task: Task, base: Path, to_merge: bool) -> Saved:
         ValueError: the adapter fits no module of the base, or uses what cannot be merged.
     """
     config = config_of(task)
-    with torch.device("meta"):
-        try:
-            model: Any = peft.get_peft_model(_shapes(task.kind, base), config)
-        except NotImplementedError:  # an adapter that starts from the weights' values: it cannot be built without them
-            return Saved(complete=False)
-    state = peft.get_peft_model_state_dict(model)
+    model = _adapted_shapes(task, base, config)
+    if task.expert is not None and config.peft_type in READERS:
+        open_source(task.name, folder_of(task), TensorFolder(base))
+    if model is None:
+        return Saved(complete=False)
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     if task.expert is not None:
-        refuse_others_tensors(folder_of(task), state)
+        refuse_others_tensors(folder_of(task), state, model.state_dict())
     if not to_merge:
         return Saved()
     reader = get_reader(config.to_dict())
@@ -159,6 +161,19 @@ def saved_by(task: Task, base: Path, to_merge: bool) -> Saved:
     extents = {module: reader.extent(config.to_dict(), shapes) for module, shapes in modules.items()}
     biased = [module for module, shapes in modules.items() if reader.bias in shapes]
     return Saved(extents, biased, beside, tokens, complete=not getattr(config, "target_parameters", None))
+
+
+def _adapted_shapes(task: Task, base: Path, config: peft.PeftConfig) -> Any:
+    """Return a task's adapter on its base without weights, or None if the adapter starts from the weights' values."""
+    with torch.device("meta"):
+        try:
+            return peft.get_peft_model(_shapes(task.kind, base), config)
+        except (NotImplementedError, NeedsWeights):
+            return None
+        except RuntimeError as error:
+            if "meta" not in str(error):
+                raise
+            return None
 
 
 def misnamed(base: Path, saved: Mapping[str, Saved]) -> list[str]:

@@ -98,8 +98,9 @@ class Source(Strict):
 
 
 class Merge(MergeWords):
-    """One call of ``orthoft.merging.merge``; one number in ``weights`` stands for all tasks.
+    """One call of ``orthoft.merging.merge``.
 
+    ``weights`` are one number for all, one per task, or one per task and then per source; a source's own goes first.
     ``sources`` are models that no task is for: adapters, checkpoints, merged deltas, merged beside the experts, and
     not scored. ``refit_heads`` fits the tasks' linear heads anew on the merged model's features and writes them to its
     ``heads``. Methods that take ``statistics`` are given them: files that are in the output already, or else measured.
@@ -123,11 +124,15 @@ class Merge(MergeWords):
 
     def all_weights(self, tasks: int) -> list[float] | None:
         """Return one number per task and per source beside them, or None where the recipe gives none."""
-        own = [self.weights] * tasks if isinstance(self.weights, int | float) else self.weights
         others = [one.weight for one in self.others]
-        if own is None and not any(weight is not None for weight in others):
+        if isinstance(self.weights, list):
+            own, rest = self.weights[:tasks], self.weights[tasks:] or [1.0] * len(others)
+        elif self.weights is None and not any(weight is not None for weight in others):
             return None
-        return [*(own or [1.0] * tasks), *(1.0 if weight is None else weight for weight in others)]
+        else:
+            number = 1.0 if self.weights is None else self.weights
+            own, rest = [number] * tasks, [number] * len(others)
+        return [*own, *(weight if given is None else given for weight, given in zip(rest, others, strict=True))]
 
     def given(self, tasks: int) -> dict[str, Any]:
         """Return what the recipe gives of the merge itself, in the words of a trial of a search."""
@@ -244,8 +249,9 @@ class Recipe(Strict):
         if twice := {name for name in others if (names + others).count(name) > 1}:
             raise ValueError(f"merge.sources: two of what is merged have the name {min(twice)!r}: give one a name")
         weights = self.merge.weights if self.merge else None
-        if isinstance(weights, list) and len(weights) != len(names):
-            raise ValueError(f"merge.weights has {len(weights)} numbers for {len(names)} tasks")
+        if isinstance(weights, list) and len(weights) not in (len(names), len(names) + len(others)):
+            more = f" (and {len(others)} sources)" if others else ""
+            raise ValueError(f"merge.weights has {len(weights)} numbers for {len(names)} tasks{more}")
         return self
 
     @model_validator(mode="after")

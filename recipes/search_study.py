@@ -50,7 +50,7 @@ from orthoft.recipes.search_setup import (
     tried_here,
 )
 from orthoft.recipes.search_space import start, suggest, tidy
-from orthoft.recipes.sources import files_of, others_of
+from orthoft.recipes.sources import files_of, marks_of_others, others_of
 
 TRIAL = "trial"  # what Optuna keeps of one beside its draws
 TRIALS = 50  # without another budget
@@ -104,7 +104,9 @@ class Search:
             if kind in taken
         }
         told = {"tried": tried, "experts": marks, "patterns": self._always}
-        told |= ({"statistics": numbers} if numbers else {}) | ({"sources": self.others} if self.others else {})
+        told |= ({"statistics": numbers} if numbers else {}) | (
+            {"sources": marks_of_others(self.recipe)} if self.others else {}
+        )
         return {**asdict(self.aim), **told, "metrics": self.metrics, "dtype": self.recipe.export.dtype}
 
     def _valued(self) -> list[str]:
@@ -233,7 +235,9 @@ class Search:
         return found
 
     def _tell(self, found: Found) -> None:
-        section = yaml.safe_dump({"merge": found.best.words}, sort_keys=False).strip()
+        others = [other.model_dump(exclude={"weight"}, exclude_none=True) for other in others_of(self.recipe)]
+        words = found.best.words | ({"sources": others} if others else {})  # their weights stand among the others
+        section = yaml.safe_dump({"merge": words}, sort_keys=False).strip()
         self.say("")
         self.say(found.table())
         self.say(f"\n{found.best.name} is the best; as a section of a recipe:\n\n{section}\n")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-
-from safetensors import safe_open
+from typing import Any
 
 from orthoft.merging.files.hub import find_folder
 from orthoft.merging.files.tensors import TensorFolder
 from orthoft.merging.sources.adapter import open_source
 from orthoft.merging.sources.orientation import is_vector
-from orthoft.merging.statistics import STATISTICS_OF
+from orthoft.merging.statistics import STATISTICS_OF, metadata_in, statistics_file
 from orthoft.recipes.layout import STATISTICS, expert_folder, statistics_of
 from orthoft.recipes.schema import Recipe, Source
 
@@ -33,9 +31,24 @@ def files_of(recipe: Recipe, kind: str | None) -> dict[str, Path]:
         return {}
     files = {task.name: statistics_of(Path(recipe.output, STATISTICS), task.name, kind) for task in recipe.tasks}
     others = others_of(recipe)
-    files |= {other.called: Path(other.statistics) for other in others if other.statistics is not None}
+    files |= {other.called: statistics_file(other.statistics) for other in others if other.statistics is not None}
     there = all(file.is_file() for file in files.values()) and len(files) == len(recipe.tasks) + len(others)
-    return files if there and all(_kind_in(files[other.called]) == kind for other in others) else {}
+    return files if there and all(kind_of_numbers(other) == kind for other in others) else {}
+
+
+def kind_of_numbers(source: Source) -> str | None:
+    """Return the kind of a source's statistics, if it has some."""
+    return None if source.statistics is None else metadata_in(source.statistics).get("kind")
+
+
+def marks_of_others(recipe: Recipe) -> dict[str, list[Any]]:
+    """Return of each model beside the experts its place, and name, size and time of its files."""
+    found: dict[str, list[Any]] = {}
+    for other in others_of(recipe):
+        folder = find_folder(other.path, "source")
+        files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
+        found[other.called] = [other.path, *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files)]
+    return found
 
 
 def refuse_without_statistics(recipe: Recipe) -> None:
@@ -49,15 +62,8 @@ def refuse_without_statistics(recipe: Recipe) -> None:
     for method in recipe.merge.methods:
         kind = STATISTICS_OF.get(method)
         for place, other in enumerate(recipe.merge.others if kind else ()):
-            has = "none" if other.statistics is None else _kind_in(Path(other.statistics))
-            if has != kind:
+            if (has := kind_of_numbers(other)) != kind:
                 raise ValueError(f"{method!r} takes {kind} statistics of all it merges, sources[{place}] has {has}")
-
-
-def _kind_in(file: Path) -> str:
-    with safe_open(file, framework="pt") as opened:
-        metadata: Mapping[str, str] = opened.metadata() or {}
-    return metadata.get("kind", "")
 
 
 def ranks_of_others(recipe: Recipe, base: TensorFolder) -> dict[str, dict[str, int | None]]:

@@ -121,12 +121,15 @@ class TaskBase(Strict):
         assert self.adapter is not None
         return self.adapter
 
+    @property
+    def given(self) -> Literal["adapter", "expert"]:
+        """The word of the recipe that says of which kind its expert is."""
+        return "adapter" if self.expert is None else "expert"
+
     @model_validator(mode="after")
     def _is_trained_or_has_an_expert(self) -> TaskBase:
         if self.expert is None and self.adapter is None:
             raise ValueError("adapter is missing (or expert, one that was trained elsewhere)")
-        if self.data.train is None and (self.expert is None or self.data.tuning is None):
-            raise ValueError("data.train is missing" + (" (or data.tuning)" if self.expert else ""))
         return self
 
     @model_validator(mode="after")

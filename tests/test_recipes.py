@@ -763,6 +763,10 @@ def test_two_processes_train_together_and_one_writes(how: str, models: Path, tmp
         pytest.importorskip("deepspeed")
     recipe, out = tmp_path / "r.yaml", tmp_path / "out"
     words = classification(models, out, max_steps=3)
+    encoder = load_model("classification", models / "bert", None)
+    hra = adapter_config(Adapter(type="hra", r=4, target_modules=["query"]), "classification")
+    peft.get_peft_model(encoder, hra).save_pretrained(tmp_path / "elsewhere")
+    words["tasks"][1]["expert"] = str(tmp_path / "elsewhere")  # which one process copies, and both wait for
     recipe.write_text(yaml.safe_dump(words), encoding="utf-8")
     config = copy(how, tmp_path)
     config.write_text(config.read_text(encoding="utf-8").replace("use_cpu: false", "use_cpu: true"), encoding="utf-8")
@@ -772,5 +776,6 @@ def test_two_processes_train_together_and_one_writes(how: str, models: Path, tmp
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=variables)
     assert done.returncode == 0, done.stderr
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert [expert["processes"] for expert in results["experts"].values()] == [2, 2]
+    assert results["experts"]["a"]["processes"] == 2
+    assert results["experts"]["b"]["taken_from"] == str(tmp_path / "elsewhere")
     assert done.stdout.count("merged model:") == 1

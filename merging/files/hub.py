@@ -8,6 +8,7 @@ from pathlib import Path
 from orthoft.merging.files.tensors import read_json
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+CARD = "README.md"
 FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
 
@@ -25,7 +26,7 @@ def find_folder(where: str | Path, what: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(where, allow_patterns=FILES))
+        return Path(snapshot_download(where, allow_patterns=[*FILES, CARD]))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(

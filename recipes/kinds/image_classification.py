@@ -40,7 +40,7 @@ class ImageClassification(Probed[Words]):
     def examples(self, rows: Sequence[Row], classes: Sequence[str], split: str) -> list[Example]:
         where, data = f"{self.task.name} {split}", self.task.data
         labels = class_indices([row[data.label] for row in rows], classes, where)
-        file = {"train": data.train, "tuning": data.tuning, "test": data.test}[split] or data.learnt_from
+        file = {"train": data.train, "tuning": data.tuning, "test": data.test}[split] or data.train
         folder = Path(file).parent if data.dataset is None else Path()
         pictures = [encoded(row[data.image], folder) for row in rows]
         for picture in pictures:
