@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,6 +32,7 @@ from orthoft.recipes.schema import Again, Recipe
 from orthoft.recipes.whole import write_whole_text
 
 OF_TASKS = (EXPERTS, HEADS, STATISTICS)  # folders with something of each task
+LOCK = ".lock"
 BEFORE = ".before"  # what a run replaces, until it has succeeded
 TRAINS = ("base", "dtype", "quantization", "seed", "tasks", "train_to_merge")  # words that experts depend on
 Say = Callable[[str], None]
@@ -45,8 +47,10 @@ def tasks_locked(out: Path, tasks: Sequence[str]) -> Iterator[None]:
     """
     with ExitStack() as locks:
         place = out.resolve()  # "." has no name
+        inside = place.is_dir() and not os.access(place.parent, os.W_OK)  # as where a volume is mounted
         for name in dict.fromkeys(tasks):
-            locks.enter_context(locked(expert_folder(out, name), place.with_name(f".{place.name}.{name}.lock")))
+            file = place / f".{name}{LOCK}" if inside else place.with_name(f".{place.name}.{name}{LOCK}")
+            locks.enter_context(locked(expert_folder(out, name), file))
         yield
 
 
@@ -107,7 +111,7 @@ def refuse_own_inputs(recipe: Recipe, base: Path, out: Path) -> None:
 
 def _refuse(recipe: Recipe, out: Path, again: Again) -> None:
     known = (out / RECIPE).is_file() or (out / BEFORE).is_dir()
-    if out.exists() and not (out.is_dir() and (known or not any(out.iterdir()))):
+    if out.exists() and not (out.is_dir() and (known or all(path.suffix == LOCK for path in out.iterdir()))):
         raise FileExistsError(f"{out} exists and is not a run of a recipe: choose another output")
     if again != "no":
         return

@@ -225,6 +225,21 @@ def test_two_processes_cannot_work_on_one_task(made: Path, root: Path) -> None:
         pass
 
 
+def test_an_output_in_a_folder_that_cannot_be_written_is_locked_inside(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the output is a volume of its own; an empty one is still empty with a lock in it."""
+    monkeypatch.setattr("orthoft.recipes.output.os.access", lambda path, mode: path != tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    with tasks_locked(out, ["a"]):
+        assert (out / ".a.lock").is_file()
+        with pytest.raises(FileExistsError, match="is writing"):
+            run(words(made, tmp_path).model_dump(mode="json"), until="finetune", tasks=["a"])
+        run(words(made, tmp_path).model_dump(mode="json"), until="finetune", tasks=["b"])
+    assert not [path for folder in (tmp_path, out) for path in folder.glob(".*.lock")]
+
+
 def test_a_folder_of_something_else_stays(made: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "letter.txt").write_text("dear")
