@@ -95,7 +95,7 @@ class Experts:
         known = finished(folder, ready.mark)
         assert known is not None
         self.say(f"  {known['adapter']['type']}, {known['parameters']:,} parameters, taken from {ready.task.expert}")
-        if known["base"] not in (self.recipe.base, str(self.base)):
+        if known["base"] not in (None, self.recipe.base, str(self.base)):
             self.say(f"  its config names another base, {known['base']}; its tensors fit this one")
         return known
 
