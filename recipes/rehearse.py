@@ -171,7 +171,7 @@ def _adapted_shapes(task: Task, base: Path, config: peft.PeftConfig) -> Any:
         except (NotImplementedError, NeedsWeights):
             return None
         except RuntimeError as error:
-            if "meta" not in str(error):
+            if "meta tensor" not in str(error):
                 raise
             return None
 

@@ -104,9 +104,8 @@ class Search:
             if kind in taken
         }
         told = {"tried": tried, "experts": marks, "patterns": self._always}
-        told |= ({"statistics": numbers} if numbers else {}) | (
-            {"sources": marks_of_others(self.recipe)} if self.others else {}
-        )
+        more = {"statistics": numbers, "sources": marks_of_others(self.recipe)}
+        told |= {key: one for key, one in more.items() if one}
         return {**asdict(self.aim), **told, "metrics": self.metrics, "dtype": self.recipe.export.dtype}
 
     def _valued(self) -> list[str]:

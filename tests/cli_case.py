@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import yaml
 from tiny import label_task, save_bert
 
 from orthoft.cli import main
+from orthoft.recipes import load
 
 
 def save_models(folder: Path) -> None:
@@ -56,6 +58,13 @@ def recipe(models: Path, folder: Path) -> Path:
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(words), encoding="utf-8")
     return file
+
+
+def words_of(models: Path, output: Path, *overrides: str) -> dict[str, Any]:
+    """Return the words of the recipe in a folder, those that it gives, with another output."""
+    told = load(models / "recipe.yaml", [f"output={output}", *overrides])
+    words: dict[str, Any] = told.model_dump(mode="json", exclude_unset=True)
+    return words
 
 
 def outcome(*arguments: str | Path) -> int:

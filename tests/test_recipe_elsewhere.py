@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from cli_case import recipe, save_models
+from cli_case import recipe, save_models, words_of
 from safetensors.torch import load_file, save_file
 
 from orthoft.adapters import ADAPTERS
@@ -33,8 +33,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def elsewhere(made: Path, out: Path, *overrides: str) -> Words:
-    """The recipe with the expert of the finished run in place of a's training, and no rows that one would need."""
-    told: Words = load(made / "recipe.yaml", [f"output={out}", *overrides]).model_dump(mode="json", exclude_unset=True)
+    """The recipe with the expert of the finished run in place of a's training."""
+    told = words_of(made, out, *overrides)
     told["tasks"][0] |= {"expert": str(made / "out" / "experts" / "a")}
     return told
 
@@ -67,7 +67,7 @@ def test_it_is_worth_the_same_as_where_it_was_trained(made: Path, tmp_path: Path
 @pytest.mark.parametrize("method", [*sorted(ADAPTERS), "peft.lora", "peft.boft"])
 def test_every_adapter_is_trained_merged_and_taken(method: str, made: Path, tmp_path: Path) -> None:
     """Also those that start from the weights' values, or look at their own, which shapes alone do not have."""
-    words = beside(made, tmp_path / "first")
+    words = words_of(made, tmp_path / "first")
     target = {"target_modules": ["query"], **({"boft_block_size": 4} if method == "peft.boft" else {})}
     words["tasks"] = [{**words["tasks"][0], "adapter": {"type": method, **target}}]
     words["tasks"][0] |= {"training": {"max_steps": 2, "learning_rate": 1e-2}}
@@ -282,15 +282,10 @@ def test_without_any_training_the_device_is_still_the_recipe_s(
 # Models that no task is for
 
 
-def beside(made: Path, out: Path, *overrides: str) -> Words:
-    told: Words = load(made / "recipe.yaml", [f"output={out}", *overrides]).model_dump(mode="json", exclude_unset=True)
-    return told
-
-
 def test_models_beside_the_experts_are_merged_with_them(made: Path, tmp_path: Path) -> None:
     """A LoRA and a checkpoint, with weights; the same as `orthoft.merging.merge` of all four."""
     sources = [{"path": str(made / "query"), "weight": 0.5}, {"path": str(made / "out" / "merged"), "name": "whole"}]
-    words = beside(made, tmp_path / "out")
+    words = words_of(made, tmp_path / "out")
     words["merge"] = {"method": "task_arithmetic", "sources": sources}
     results = run(words)
     experts = [(name, tmp_path / "out" / "experts" / name) for name in "ab"]
@@ -345,7 +340,7 @@ def test_models_that_cannot_be_merged_with_them(wanted: Words, line: str, made: 
             return {key: placed(one) for key, one in value.items()}
         return [placed(one) for one in value] if isinstance(value, list) else value
 
-    words = beside(made, tmp_path / "out")
+    words = words_of(made, tmp_path / "out")
     words["merge"] = {"method": "mean", **placed(wanted)}
     with pytest.raises((RecipeError, FileNotFoundError, ValueError)) as error:
         run(words)

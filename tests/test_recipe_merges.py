@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_case import recipe, save_models
+from cli_case import recipe, save_models, words_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -39,9 +39,7 @@ def root(made: Path, tmp_path: Path) -> Path:
 
 
 def words(made: Path, root: Path, *overrides: str) -> Words:
-    given = [f"output={root / 'out'}", *overrides]
-    told: Words = load(made / "recipe.yaml", given).model_dump(mode="json", exclude_unset=True)
-    return told
+    return words_of(made, root / "out", *overrides)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
