@@ -1,6 +1,6 @@
 """Time and memory of adapters, side by side with PEFT's, as ratios to the frozen layer in the same run.
 
-python benchmarks/adapters.py                      # one layer of width 2048, a stack of Llama blocks, merge, float32
+python benchmarks/adapters.py                      # one layer of width 2048, Llama blocks, a mixture, merge, float32
 python benchmarks/adapters.py --width 2048 4096 --tokens 128 1024 4096 --dtype float32 bfloat16
 """
 
@@ -16,7 +16,8 @@ import peft
 import torch
 from timing import medians, print_header, print_row, seconds
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel, Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from orthoft import GOFTConfig, HRAConfig, OFTv2Config, PSOFTConfig, SVFTConfig, to_lora
 
@@ -35,6 +36,10 @@ CONFIGS: dict[str, Callable[..., peft.PeftConfig]] = {
     "orthoft SVFT plain": lambda **on: SVFTConfig(pattern="plain", **on),
     "orthoft SVFT banded d=2": lambda **on: SVFTConfig(pattern="banded", off_diagonals=2, **on),
     "PEFT LoRA r=16": lambda **on: peft.LoraConfig(r=16, **on),
+}
+# On fused experts: ours turn what they read, PEFT's LoRA adds to each of their first matrices.
+ON_EXPERTS = {name: CONFIGS[name] for name in CONFIGS if name.startswith("orthoft") and "SVFT" not in name} | {
+    "PEFT LoRA r=8": lambda **on: peft.LoraConfig(r=8, target_modules=[], target_parameters=["experts.gate_up_proj"]),
 }
 
 
@@ -67,6 +72,24 @@ class Blocks(nn.Module):
         return hidden
 
 
+class Mixture(nn.Module):
+    """A mixture of 16 experts, of which each token takes 4."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        config = Qwen3MoeConfig(
+            hidden_size=width, moe_intermediate_size=width // 2, num_experts=16, num_experts_per_tok=4
+        )
+        config._experts_implementation = "eager"
+        self.mlp = Qwen3MoeSparseMoeBlock(config).to(DEVICE, dtype).requires_grad_(False)
+        for parameter in self.mlp.parameters():
+            nn.init.normal_(parameter, std=width**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.mlp(x[None])
+        return out[0] if isinstance(out, tuple) else out
+
+
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
     """Bytes that autograd keeps for backward, each storage once, the model's own tensors left out."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -88,10 +111,11 @@ def adapted(
     make: Callable[[int, torch.dtype], nn.Module], width: int, dtype: torch.dtype, only: str
 ) -> dict[str, nn.Module]:
     models = {"frozen": make(width, dtype)}
-    for name, config in CONFIGS.items():
+    targets = {OneLayer: ["linear"], Mixture: ["experts"]}
+    for name, config in (ON_EXPERTS if make is Mixture else CONFIGS).items():
         if only in name:
             torch.manual_seed(0)
-            on = {"target_modules": ["linear"] if make is OneLayer else "all-linear"}
+            on = {"target_modules": targets.get(make, "all-linear")}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PEFT's, on its own defaults
                 models[name] = peft.get_peft_model(make(width, dtype), config(**on))
@@ -144,12 +168,12 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", default="", help="part of the names to measure, e.g. orthoft")
-    parser.add_argument("--parts", nargs="+", default=["layer", "blocks", "merge", "export"])
+    parser.add_argument("--parts", nargs="+", default=["layer", "blocks", "mixture", "merge", "export"])
     args = parser.parse_args()
     print(f"{DEVICE.type}, {torch.get_num_threads()} thread(s), medians of {args.repeats}")
-    for part, make in (("layer", OneLayer), ("blocks", Blocks)):
+    for part, make in (("layer", OneLayer), ("blocks", Blocks), ("mixture", Mixture)):
         for dtype in (getattr(torch, name) for name in args.dtype if part in args.parts):
-            for width in args.width if part == "layer" else [512]:
+            for width in args.width if part == "layer" else [512 if part == "blocks" else 1024]:
                 models = adapted(make, width, dtype, args.only)
                 for tokens in args.tokens if part == "layer" else [1024]:
                     title = f"Forward + backward, {part}, width {width}, {tokens} tokens, {dtype}"

@@ -45,7 +45,7 @@ def merge_experts(
     for start in range(0, len(weight), size):
         rows = slice(start, start + size)
         one = merge(
-            [Dense(_turned(task.rows(start, start + size), inputs_first)) for task in tasks],
+            [part.transposed() if inputs_first else part for part in (t.part(start, start + size) for t in tasks)],
             _turned(weight[rows], inputs_first),
             numbers and [None if own is None else _turned(own[rows], inputs_first) for own in numbers],
         )

@@ -44,6 +44,10 @@ class Delta(ABC):
         """Return the rows ``start`` to ``stop`` of the change, a (stop - start, n) tensor."""
         return self.dense()[start:stop]
 
+    def part(self, start: int, stop: int) -> Delta:
+        """Return the change of these rows as a delta of its own: a rotation of all rows is one of some."""
+        return Dense(self.rows(start, stop))
+
     def norm(self) -> Tensor:
         """Return the Frobenius norm, a scalar tensor."""
         return frobenius_norm(self.dense())
@@ -156,6 +160,9 @@ class SubspaceRotated(Delta):
     def rows(self, start: int, stop: int) -> Tensor:
         return self._product.rows(start, stop)
 
+    def part(self, start: int, stop: int) -> SubspaceRotated:
+        return SubspaceRotated(self.weight[start:stop], self.basis, self.update)
+
     def norm(self) -> Tensor:
         return self._product.norm()
 
@@ -185,8 +192,10 @@ class Rotated(Delta):
         return add_block_product(self.weight, self.update) - self.weight
 
     def rows(self, start: int, stop: int) -> Tensor:
-        rows = self.weight[start:stop]
-        return add_block_product(rows, self.update) - rows
+        return self.part(start, stop).dense()
+
+    def part(self, start: int, stop: int) -> Rotated:
+        return Rotated(self.weight[start:stop], self.update)
 
     def transposed(self) -> Transposed:
         return Transposed(self)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from orthoft.adapter import Adapter, InputRotation, Map, cast_for_autocast
 from orthoft.config import OrthoConfig
-from orthoft.layouts import LinearLayout, layout_of, loaded
+from orthoft.layouts import ExpertsLayout, LinearLayout, layout_of, loaded
 from orthoft.linalg import at_least_float32
 from orthoft.quantization import OriginalWeight, quantization_backend, requantization_error
 
 
 class OrthoLayer(nn.Module, BaseTunerLayer):
-    """A frozen layer (nn.Linear, Conv1D, nn.Embedding, a convolution, a quantised linear) and its named adapters.
+    """A frozen layer (linear, also quantised, an embedding, a convolution, fused experts) and its named adapters.
 
     Active adapters nest in the order given: each adapts the layer that those before it have made, in forward as in
     merge. While merged, the original weight is kept in host memory, so that `unmerge` restores it bit for bit.
@@ -30,8 +30,6 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
     active_adapters: list[str]
     disable_adapters: bool
     get_base_layer: Callable[[], Any]
-    get_base_weight: Callable[[], Tensor]
-    set_base_weight: Callable[[Tensor], None]
     set_adapter: Callable[..., None]
 
     def __init__(self, base_layer: nn.Module, quantization_kwargs: dict[str, Any] | None = None) -> None:
@@ -44,23 +42,46 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         self.layout = layout_of(base)
         self.in_features, self.out_features = self.layout.features(base)
-        self.quantization_backend = quantization_backend(base, **(quantization_kwargs or {}))
+        self.quantization_backend = quantization_backend(self.held, **(quantization_kwargs or {}))
 
     @property
     def adapters(self) -> MutableMapping[str, Adapter]:
         """The adapters by name (a ModuleDict)."""
         return cast(MutableMapping[str, Adapter], getattr(self, self.adapter_layer_names[0]))
 
+    @property
+    def held(self) -> Any:
+        """What has the matrix of the frozen layer as its ``weight``."""
+        return self.layout.held(self.get_base_layer())
+
+    def get_base_weight(self) -> Tensor:
+        """Return the weight of the frozen layer, in floating point."""
+        if self.quantization_backend is None:
+            return self.held.weight.data  # type: ignore[no-any-return]
+        return super().get_base_weight()  # type: ignore[no-any-return]
+
+    def set_base_weight(self, weight: Tensor) -> None:
+        """Set it, quantised again where it was."""
+        if self.quantization_backend is None:
+            self.held.weight.data = weight
+        else:
+            super().set_base_weight(weight)
+
     def update_layer(self, adapter_name: str, config: OrthoConfig, key: str) -> None:
         """Add an adapter."""
         adapter = config.make_adapter(key, self.in_features, self.out_features)
+        if isinstance(self.layout, ExpertsLayout) and not isinstance(adapter, InputRotation):
+            raise ValueError(
+                f"{key!r} holds the experts of a mixture, whose inputs an adapter can rotate; {config.method} changes "
+                "their weights: leave it out with exclude_modules"
+            )
         base = self.get_base_layer()
         with gather_params_ctx(base.parameters()):  # ZeRO-3 keeps them in parts
             adapter.adopt(self._frozen_rows)
         adapter.reset_parameters(identity=config.init_weights)
         self.adapters[adapter_name] = adapter.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        dtype = getattr(getattr(base, "weight", None), "dtype", torch.float32)
+        dtype = getattr(getattr(self.held, "weight", None), "dtype", torch.float32)
         rounds = dtype.is_floating_point and dtype.itemsize > 1  # float8 stores weights; nothing is computed in it
         if rounds and not any(p.is_meta for p in adapter.parameters()):
             adapter.to(dtype)  # as all of PEFT's; with autocast_adapter_dtype, its default, PEFT makes it float32 again
@@ -103,6 +124,8 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
+        if isinstance(self.layout, ExpertsLayout) and names and len(x) % len(names) == 0:
+            names = [name for name in names for _ in range(len(x) // len(names))]  # rows come as their tokens
         if len(names) != len(x):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -114,7 +137,8 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
         order = torch.tensor([i for index in rows.values() for i in index], device=x.device, dtype=torch.long)
         found = {name: self.adapters[name] for name in rows if name in self.adapters}
         turned = {name: a.turn for name, a in found.items() if isinstance(a, InputRotation)}
-        if isinstance(self.layout, LinearLayout) and len(turned) == len(found):  # one call of the frozen layer for all
+        rotates = isinstance(self.layout, LinearLayout | ExpertsLayout)
+        if rotates and len(turned) == len(found):  # one call of the frozen layer for all
             with loaded(*found.values()):
                 parts = [turned.get(name, cast_for_autocast)(x[index]) for name, index in rows.items()]
             return base(torch.cat(parts)[torch.argsort(order)])
@@ -131,9 +155,9 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.adapters]
         if not names:
             return
-        base = self.get_base_layer()
-        original = self._original_weight or OriginalWeight(base, self.quantization_backend)
-        weight = original.read(base.weight.device)
+        held = self.held
+        original = self._original_weight or OriginalWeight(held, self.quantization_backend)
+        weight = original.read(held.weight.device)
         merged = self._merged_weight(weight, [*self.merged_adapters, *names])
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
@@ -172,9 +196,9 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
 
     def _frozen_rows(self) -> Tensor:
         """Return the (m, n) weight without what is merged into it, in float32 or more."""
-        with loaded(base := self.get_base_layer()):
+        with loaded(self.get_base_layer()):
             original = self._original_weight
-            weight = self.get_base_weight() if original is None else original.read(base.weight.device)
+            weight = self.get_base_weight() if original is None else original.read(self.held.weight.device)
             return at_least_float32(self.layout.rows(weight))
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""How each kind of layer stores its weight, and how it runs with adapters: linear, embedding, convolution."""
+"""How each kind of layer stores its weight, and how it runs with adapters: linear, embedding, convolution, experts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from orthoft.adapter import Adapter, FrozenLinear, Map
+from orthoft.experts import Experts, are_experts
 from orthoft.linalg import at_least_float32
 from orthoft.quantization import quantization_backend
 
@@ -22,6 +23,10 @@ OWN_FORWARD = tuple(convolution.forward for convolution in CONVOLUTIONS)
 
 class Layout(ABC):
     """A kind of layer: where its (m, n) matrix is, and what adapters do in its forward pass."""
+
+    def held(self, base: Any) -> Any:
+        """Return what has the matrix as its ``weight``: the layer itself, or a view of one that calls it otherwise."""
+        return base
 
     @abstractmethod
     def features(self, base: Any) -> tuple[int, int]:
@@ -51,10 +56,7 @@ class LinearLayout(Layout):
 
     def run(self, base: Any, call: Map, adapters: Sequence[Adapter], x: Tensor) -> Tensor:
         weight = self.rows(base.weight) if _plain(base) else None
-        linear = FrozenLinear(call, weight, None if weight is None else base.bias)
-        for adapter in adapters:
-            linear = FrozenLinear(partial(adapter, linear=linear))
-        return linear(x)
+        return _nested(FrozenLinear(call, weight, None if weight is None else base.bias), adapters)(x)
 
 
 class Conv1DLayout(LinearLayout):
@@ -115,6 +117,36 @@ class ConvLayout(Layout):
             return output
 
 
+class ExpertsLayout(Layout):
+    """The experts of a mixture as transformers fuses them: one rotation of what all experts of a layer read.
+
+    Their first matrices are one parameter (E, m, n), or (E, n, m) where the module says that it is transposed; the
+    matrix is (E m, n), one expert under the other. The activations are rotated, once for all experts: no stack of
+    weights is made or kept for backward. Their second matrices stay as they are.
+    """
+
+    def __init__(self, base: Any) -> None:
+        self.transposed = bool(base.is_transposed)
+
+    def held(self, base: Any) -> Experts:
+        return Experts(base)
+
+    def features(self, base: Any) -> tuple[int, int]:
+        weight = self.held(base).weight
+        experts, m, n = (weight.mT if self.transposed else weight).shape
+        return n, experts * m
+
+    def rows(self, weight: Tensor) -> Tensor:
+        return (weight.mT if self.transposed else weight).flatten(0, 1)
+
+    def stored(self, rows: Tensor, like: Tensor) -> Tensor:
+        stack = rows.reshape(len(like), -1, rows.shape[1])
+        return stack.mT if self.transposed else stack
+
+    def run(self, base: Any, call: Map, adapters: Sequence[Adapter], x: Tensor) -> Tensor:
+        return _nested(FrozenLinear(call), adapters)(x)
+
+
 def layout_of(base: nn.Module) -> Layout:
     """Return the layout of a layer.
 
@@ -136,13 +168,22 @@ def layout_of(base: nn.Module) -> Layout:
         if not _plain_forward(base) and "weight" not in base._parameters:
             raise ValueError(f"the weight of {type(base).__name__} is computed, by a forward of its own: leave it out")
         return ConvLayout()
+    if are_experts(base):
+        return ExpertsLayout(base)
     backend = quantization_backend(base)  # GPTQ's and AWQ's layers are no nn.Linear
     if backend is not None and backend.layer_type == "linear":
         return LinearLayout()
     raise ValueError(
-        f"{type(base).__name__} is not supported: target nn.Linear, Conv1D, nn.Embedding or nn.Conv1d to nn.Conv3d "
-        "layers (or exclude this one)"
+        f"{type(base).__name__} is not supported: target nn.Linear, Conv1D, nn.Embedding, nn.Conv1d to nn.Conv3d "
+        "layers or the fused experts of a mixture (or exclude this one)"
     )
+
+
+def _nested(linear: FrozenLinear, adapters: Sequence[Adapter]) -> FrozenLinear:
+    """Return the layer with its adapters, each on what those before it have made."""
+    for adapter in adapters:
+        linear = FrozenLinear(partial(adapter, linear=linear))
+    return linear
 
 
 def _plain(base: Any) -> bool:

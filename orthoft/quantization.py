@@ -76,7 +76,7 @@ class OriginalWeight:
 
     def restore(self, layer: BaseTunerLayer) -> None:
         """Put the weight back, bit for bit."""
-        base = layer.get_base_layer()
+        base = cast(Any, layer).held
         if self.backend is None:
             layer.set_base_weight(self.weight.to(base.weight.device))
             return
@@ -130,7 +130,7 @@ def keep_unpacked(base_layer: Any) -> None:
 def _surely_plain(base_layer: nn.Module) -> bool:
     """Say whether no quantisation library need be asked (asking imports them all)."""
     weight = getattr(base_layer, "weight", None)
-    own = type(base_layer).__module__.partition(".")[0] in ("torch", "transformers")
+    own = type(base_layer).__module__.partition(".")[0] in ("torch", "transformers", "orthoft")
     return own and weight is not None and _is_plain(weight)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from orthoft.config import OrthoConfig
 from orthoft.errors import unknown
+from orthoft.experts import are_experts
 from orthoft.layer import OrthoLayer
 from orthoft.layouts import CONVOLUTIONS, ConvLayout, LinearLayout, layout_of, loaded
 from orthoft.quantization import check_mergeable, keep_unpacked, quantization_kwargs, requantization_summary
@@ -36,9 +37,12 @@ class OrthoModel(BaseTuner):
             return
         if stacks := list(_stacks_of_matrices(model)):
             count = "1 parameter stays" if len(stacks) == 1 else f"{len(stacks)} such parameters stay"
+            key = stacks[0].rpartition(".")[0]
+            ours = are_experts(model.get_submodule(key))
+            way = f"target_modules may name {key.rpartition('.')[2]!r}" if ours else "of LoRA, target_parameters may"
             warnings.warn(
-                f"{stacks[0]} holds several matrices in one parameter, as fused experts do, and adapters of orthoft "
-                f"act on layers only: {count} as in the base model (a LoRA reaches them by target_parameters)",
+                f"{stacks[0]} holds several matrices in one parameter, as fused experts do, and no adapter sits on "
+                f"it: {count} as in the base model ({way})",
                 stacklevel=2,
             )
 
@@ -69,6 +73,13 @@ class OrthoModel(BaseTuner):
             layer.requires_grad_(False)  # a further adapter is not trained until it is made active
         with loaded(base):  # PEFT moves the adapter to where the weight is
             self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Replace as PEFT does; experts that come back have no ``weight`` that it could hand over."""
+        if are_experts(new_module):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Add an adapter that combines others in their own geometry: rotations as sums of generators.
@@ -129,7 +140,7 @@ class OrthoModel(BaseTuner):
         wanted = adapter_names or self.active_adapters
         layers = {key: layer for key, layer in named if any(name in layer.adapters for name in wanted)}
         for layer in layers.values():
-            check_mergeable(layer.get_base_layer(), layer.quantization_backend)
+            check_mergeable(layer.held, layer.quantization_backend)
         _check_own_weights(layers)
         merged = {key: len(layer.merged_adapters) for key, layer in layers.items()}
         yield

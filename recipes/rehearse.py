@@ -20,6 +20,7 @@ from orthoft.merging.formats.ours import get_reader
 from orthoft.merging.formats.registry import Extent
 from orthoft.merging.formats.tokens import TOKENS
 from orthoft.merging.sources.adapter import open_source
+from orthoft.merging.sources.expert_inputs import first_matrices
 from orthoft.merging.sources.names import match_names
 from orthoft.merging.statistics import STATISTICS_OF
 from orthoft.merging.wish import Wish, check_patterns
@@ -58,6 +59,8 @@ class Saved:
 
     def in_base(self, base: TensorFolder) -> dict[str, str] | None:
         """Return what tensors of the base change, by their own names, named as in its files; None if it is unknown."""
+        if any(first_matrices(module, base) for module in self.extents):  # of fused experts the merge tells
+            return None
         extents = {f"{module}.weight": extent for module, extent in self.extents.items()}
 
         def fits(own: str, theirs: str) -> bool:
@@ -178,8 +181,9 @@ def _adapted_shapes(task: Task, base: Path, config: peft.PeftConfig) -> Any:
 
 def misnamed(base: Path, saved: Mapping[str, Saved]) -> list[str]:
     """Return a line if none of the adapted weights has a name in the base's files that a merge could find."""
-    wanted = [f"{module}.weight" for module in dict.fromkeys(chain.from_iterable(own.ranks for own in saved.values()))]
     stored = TensorFolder(base)
+    modules = dict.fromkeys(chain.from_iterable(own.ranks for own in saved.values()))
+    wanted = [f"{module}.weight" for module in modules if first_matrices(module, stored) is None]
     try:
         naming = match_names(wanted, stored, lambda own, theirs: True)
     except ValueError:  # ambiguous without shapes: the merge has them, and decides

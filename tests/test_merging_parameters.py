@@ -207,7 +207,7 @@ def test_quantised_experts_are_told(tmp_path: Path) -> None:
 def test_a_conversion_does_not_lose_them(tmp_path: Path) -> None:
     save_lora(tmp_path / "a", save_base(tmp_path / "base", "mixtral"), UP_AND_DOWN)
     with pytest.raises(
-        ValueError, match=r"also changes '.*experts.*' \(lora_bias, trained tokens, target_parameters\)"
+        ValueError, match=r"also changes '.*experts.*' \(lora_bias, trained tokens, target_parameters, fused experts\)"
     ):
         to_lora(tmp_path / "a", tmp_path / "out", base=tmp_path / "base", rank=4)
 

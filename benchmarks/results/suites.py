@@ -91,6 +91,12 @@ ENCODER_ROWS = {
         (1e-3, 3e-3),
         to_merge={"method": "contrastive", "ridge": 0.1},
     ),
+    "contrastive-free": Row(
+        "LoRA to merge: contrastive, not frozen, r=8",
+        LORA,
+        to_merge={"method": "contrastive", "frozen": False},
+        rate_of="lora",
+    ),
     "penalty-300": Row("LoRA to merge: penalty 300, r=8", LORA, rate_of="lora", keep_away=300.0),
     "penalty-3000": Row("LoRA to merge: penalty 3000, r=8", LORA, rate_of="lora", keep_away=3000.0),
     "penalty-30000": Row("LoRA to merge: penalty 30000, r=8", LORA, rate_of="lora", keep_away=30000.0),
@@ -158,6 +164,19 @@ LANGUAGE_ROWS = {
         to_merge={"method": "contrastive", "rows": 16},
         merges="some",
     ),
+    "contrastive-free": Row(
+        "LoRA to merge: contrastive, not frozen, r=8",
+        LORA,
+        to_merge={"method": "contrastive", "rows": 16, "frozen": False},
+        rate_of="lora",
+    ),
+    "penalty-3000": Row("LoRA to merge: penalty 3000, r=8", LORA, rate_of="lora", keep_away=3000.0),
+    "dora": Row("DoRA (PEFT), r=8", {**LORA, "use_dora": True}, rate_of="lora"),
+    "peft-oft": Row("OFT (PEFT), b=32", {"type": "peft.oft", "oft_block_size": 32, "r": 0}, rate_of="oftv2"),
+    "peft-hra": Row("HRA (PEFT), r=16", {"type": "peft.hra", "r": 16}, rate_of="hra"),
+    "psoft": Row("PSOFT, r=145", {"type": "psoft", "r": 145}, (3e-3, 1e-2)),
+    "goft": Row("GOFT, quasi", {"type": "goft", "mode": "quasi"}, (1e-3, 5e-3)),
+    "svft": Row("SVFT, banded, d=12", {"type": "svft", "pattern": "banded", "off_diagonals": 12}, (3e-3, 1e-2)),
 }
 
 LANGUAGE = Suite(

@@ -19,6 +19,7 @@ from orthoft.merging.sources.adapter_file import AdapterFile
 from orthoft.merging.sources.beside import Beside
 from orthoft.merging.sources.checkpoint import CheckpointSource, Source, untied
 from orthoft.merging.sources.delta import CONFIG, DeltaSource
+from orthoft.merging.sources.expert_inputs import ExpertInputs
 from orthoft.merging.sources.names import match_names, tied_embedding, ties_embedding
 from orthoft.merging.sources.orientation import Orientation
 from orthoft.merging.sources.parameters import Parameters
@@ -64,15 +65,18 @@ class AdapterSource(Source):
         file = self._file = AdapterFile(folder, f"source {name!r}")
         self.config, self.kind, saved = file.config, file.reader.peft_type, file.beside
         self._parameters = Parameters(file, base, f"source {name!r}")
-        extents = {f"{module}.weight": file.extent(module) for module in file.keys}
+        self._experts = ExpertInputs(file, base, self._read)
+        modules = [module for module in file.keys if module not in self._experts.modules]
+        extents = {f"{module}.weight": file.extent(module) for module in modules}
 
         def fits(own: str, theirs: str) -> bool:
             if own in extents:
                 return extents[own].fits(base.shape(theirs))
             return own not in saved or file.tensors.shape(saved[own]) == base.shape(theirs)
 
-        names = [*extents, *saved, *file.tokens, *self._parameters.names]
-        self.naming = match_names(names, base, fits, self._parameters.stored)
+        names = [*extents, *saved, *file.tokens, *self._parameters.names, *self._experts.names]
+        self.naming = match_names(names, base, fits, self._parameters.stored | self._experts.stored)
+        self._experts.place(self.naming)
         for module in self._parameters.place(self.naming):
             del extents[f"{module}.weight"]
         self._drop_tied(extents, base)
@@ -91,8 +95,10 @@ class AdapterSource(Source):
             (self._tokens, self._new_rows),
             (self.inputs_first, self.adapted),
             (self._parameters.places, self._parameters.delta),
+            (self._experts.places, self._experts.delta),
             (self._biases, self._shift),
         )
+        self.on_experts = list(self._experts.places)
         self.adapter_ranks = {theirs: extent.rank for theirs, extent in checked.items()}
         self.ranks = self._ranks()
         self.notes += [
@@ -132,10 +138,10 @@ class AdapterSource(Source):
         Raises:
             ValueError: it changes biases or rows of tokens as well, which have no place there.
         """
-        for name in (*self._biases, *self._tokens, *self._parameters.places):
+        for name in (*self._biases, *self._tokens, *self._parameters.places, *self._experts.places):
             raise ValueError(
-                f"source {self.name!r} also changes {name!r} (lora_bias, trained tokens, target_parameters): merge it "
-                "instead"
+                f"source {self.name!r} also changes {name!r} (lora_bias, trained tokens, target_parameters, fused "
+                "experts): merge it instead"
             )
         return {key: self._file.tensors[key] for key in self._file.beside.values()}
 
@@ -148,15 +154,19 @@ class AdapterSource(Source):
 
     def adapted(self, name: str, weight: Tensor) -> Delta:
         """Return what the adapter's own tensors change of the weight, given as it is stored (as a matrix)."""
-        module, flipped = self.module(name), self.inputs_first[name]
-        tensors = self.tensors(name)
+        flipped = self.inputs_first[name]
+        delta = self._read(self.module(name), weight.mT if flipped else weight)
+        return delta.transposed() if flipped else delta
+
+    def _read(self, module: str, weight: Tensor) -> Delta:
+        """Return what the adapter of a module changes of a matrix (outputs, inputs)."""
+        tensors = self._file.read_module(module)
         try:
             read = {key: as_precise(tensor, weight) for key, tensor in (tensors | self._shared).items()}
-            delta = self._file.reader.read(self._file.settings, module, read, weight.mT if flipped else weight)
+            return self._file.reader.read(self._file.settings, module, read, weight)
         except (ValueError, KeyError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"source {self.name!r}: {reason}") from error
-        return delta.transposed() if flipped else delta
 
     def _replacement(self, name: str, weight: Tensor) -> Replaced:
         key = self._saved[name]
@@ -187,7 +197,8 @@ class AdapterSource(Source):
 
     def _ranks(self) -> dict[str, int | None]:
         rows = {theirs: self._file.tensors.shape(key)[0] for theirs, key in self._tokens.items()}
-        parts: tuple[Mapping[str, int | None], ...] = (self.adapter_ranks, rows, self._parameters.ranks())
+        experts = self._experts.ranks()
+        parts: tuple[Mapping[str, int | None], ...] = (self.adapter_ranks, rows, self._parameters.ranks(), experts)
         counts = Counter(name for part in parts for name in part)
         ranks = {name: rank for part in parts for name, rank in part.items()}
         several = [name for name, count in counts.items() if count > 1]

@@ -145,8 +145,13 @@ def _change_of(name: str, layer: Any, adapter_name: str, first: int | None = Non
 def _kind(name: str, base: Any) -> Kind:
     from torch.nn import Embedding
 
+    from orthoft.experts import are_experts
     from orthoft.layouts import CONVOLUTIONS, Conv1DLayout, layout_of
 
+    if are_experts(base):
+        raise ValueError(
+            f"{name!r} holds the experts of a mixture, each of which would need a LoRA of its own: merge instead"
+        )
     if isinstance(base, CONVOLUTIONS):
         if base.groups > 1 or any(d > 1 for d in base.dilation) or base.padding_mode != "zeros":
             raise ValueError(
