@@ -171,12 +171,17 @@ def to_merge(measured: Measured) -> str:
 
 def forgetting(measured: Measured) -> str:
     """How much worse the experts are on the tasks that they were not trained on."""
-    lines = [["frozen base", f"{mean(measured.base().values()):.3f}", ""]]
+    lines = [["frozen base", "", f"{mean(measured.base().values()):.3f}", ""]]
     lines += [
-        [measured.suite.rows[row].title, spread(measured.experts(row)), spread(measured.forgotten(row))]
+        [
+            measured.suite.rows[row].title,
+            str(len(measured.seeds(row))),
+            spread(measured.experts(row)),
+            spread(measured.forgotten(row)),
+        ]
         for row in measured.rows
     ]
-    return markdown(["", "own loss", "rise of the loss on the others"], lines)
+    return markdown(["", "seeds", "own loss", "rise of the loss on the others"], lines)
 
 
 TABLES: dict[str, Callable[[Measured], str]] = {
