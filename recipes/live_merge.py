@@ -14,17 +14,19 @@ from orthoft.delta import Delta, Dense, LowRank, Rotated, SubspaceRotated, Trans
 from orthoft.linalg import at_least_float32
 from orthoft.merging import MergePlan
 from orthoft.merging.deltas import is_small, merged_delta, model_scale
-from orthoft.merging.files.tensors import as_matrix, matrix_shape
+from orthoft.merging.files.tensors import TensorFolder, matrix_shape
 from orthoft.merging.outputs.checkpoint import add_rounded
 from orthoft.merging.sources.checkpoint import Source
-from orthoft.merging.sources.names import match_names
+from orthoft.merging.sources.expert_inputs import InputsFirst
+from orthoft.merging.sources.names import Prefix, match_names
+from orthoft.merging.sources.renames import loaded_model
 from orthoft.merging.statistics import STATISTICS_OF, Statistics
 from orthoft.merging.threads import torch_threads
 from orthoft.merging.wish import wish_for
 
 CPU = torch.device("cpu")
 FLOAT32 = 4  # bytes
-IN_MEMORY = (LowRank, Rotated, SubspaceRotated, Transposed, Dense)
+IN_MEMORY = (LowRank, Rotated, SubspaceRotated, Transposed, InputsFirst, Dense)
 
 
 def held_bytes(plan: MergePlan) -> int:
@@ -82,20 +84,27 @@ class LiveMerge:
         self.model, self._dtype = model, dtype
         own = {one.kind: plan.statistics for one in plan.statistics.values()}
         self.numbers: Mapping[str, Mapping[str, Statistics]] = {**own, **(numbers or {})}
-        self._weights = {name: at_least_float32(as_matrix(plan.base[name])) for name in plan.merged}
+        self._weights = {n: at_least_float32(plan.base[n]).reshape(item.matrix) for n, item in plan.merged.items()}
         self._parameters = self._find(plan)
         self.held = [Held(source, self._weights) for source in plan.sources]
         self._plan = replace(plan, sources=tuple(self.held))
 
-    def _find(self, plan: MergePlan) -> dict[str, nn.Parameter]:
-        """Return the model's parameter of each weight, which may have a prefix more or less than on disk."""
-        own = dict(self.model.named_parameters())
+    def _find(self, plan: MergePlan) -> dict[str, Tensor]:
+        """Return the model's parameter of each weight, which may have a prefix more or less than on disk.
+
+        Of an expert that is stored by itself it is a part of what transformers fuses.
+        """
+        own = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         fits: Callable[[str, str], bool] = lambda mine, theirs: tuple(own[mine].shape) == plan.base.shape(theirs)  # noqa: E731
         naming = match_names(list(own), plan.base, fits)
+        experts = dict(_of_experts(plan.base, own, naming.prefix))
         found = {}
         for name, weight in self._weights.items():
-            parameter = own.get(naming.to_source(name))
-            if parameter is None or not torch.equal(as_matrix(parameter.detach().cpu()), weight.to(parameter.dtype)):
+            parameter = own.get(naming.to_source(name), experts.get(name))
+            same = parameter is not None and torch.equal(
+                parameter.cpu().reshape(weight.shape), weight.to(parameter.dtype)
+            )
+            if parameter is None or not same:
                 raise ValueError(
                     f"weight {name!r} of {plan.base.folder} is no parameter of the model loaded from it: "
                     "leave it out with merge.exclude"
@@ -150,6 +159,15 @@ class LiveMerge:
                     parameter.copy_(self._weights[name].reshape(parameter.shape))
 
     def _put(self, name: str, delta: Delta) -> None:
-        weight, parameter = self._weights[name], self._parameters[name]
+        weight, parameter = self._weights[name].reshape(delta.shape), self._parameters[name]
         out = torch.empty(weight.shape, dtype=self._dtype or self._plan.base.dtype(name))  # (m, n)
         parameter.copy_(add_rounded(weight, delta, out, name).reshape(parameter.shape))
+
+
+def _of_experts(base: TensorFolder, own: Mapping[str, Tensor], prefix: Prefix) -> Iterator[tuple[str, Tensor]]:
+    """Give what the base stores expert by expert, each as its part of the parameter that transformers makes of all."""
+    for name, experts in loaded_model(base).fused.items():
+        stack = own.get(prefix.to_source(name))
+        for expert, parts in enumerate(experts if stack is not None else ()):
+            assert stack is not None
+            yield from zip(parts, torch.split(stack[expert], [base.shape(part)[0] for part in parts]), strict=True)

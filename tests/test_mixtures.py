@@ -11,7 +11,7 @@ import torch
 from merging_files import randomised
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_merging_parameters import MODELS, close, loaded, save_base
+from test_merging_parameters import MODELS, UP_AND_DOWN, close, loaded, save_base, save_lora
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,8 +21,10 @@ from orthoft.convert import to_lora
 from orthoft.merging import merge, plan
 from orthoft.merging.files.tensors import TensorFolder
 from orthoft.merging.sources.adapter import open_source
+from orthoft.recipes.live_merge import LiveMerge
 
 KINDS = ("mixtral", "qwen3_moe", "gpt_oss")
+STACK = "model.layers.0.mlp.experts.gate_up_proj"
 FIELDS: dict[str, dict[str, Any]] = {
     "oftv2": {"block_size": 4},
     "hra": {"r": 4},
@@ -186,13 +188,13 @@ def test_experts_one_by_one_and_fused_are_merged_alike(space: str, method: str, 
 def test_turns_of_all_experts_meet_half_way(kind: str, tmp_path: Path) -> None:
     """The mean of an adapter and of one that does nothing, in the space of rotations, is a rotation of every expert."""
     model = save_base(tmp_path / "base", kind, save_original_format=False)
-    before = model.state_dict()["model.layers.0.mlp.experts.gate_up_proj"].clone()
+    before = model.state_dict()[STACK].clone()
     adapted(model, "oftv2", map="cayley").save_pretrained(tmp_path / "a")
     still = adapted(type(model).from_pretrained(tmp_path / "base"), "oftv2", map="cayley", init_weights=True)
     still.save_pretrained(tmp_path / "b")
     sources = [tmp_path / "a", tmp_path / "b"]
     merge(tmp_path / "base", sources, tmp_path / "out", method="mean", space="rotation", progress=False)
-    after = loaded(tmp_path / "out", model)["model.layers.0.mlp.experts.gate_up_proj"]
+    after = loaded(tmp_path / "out", model)[STACK]
     inputs = 1 if kind == "gpt_oss" else 2
     for old, new in zip(before, after, strict=True):
         assert apart(new, old) > 1e-2
@@ -263,3 +265,25 @@ def test_on_top_of_a_lora_on_parameters() -> None:
     assert apart(logits(both), below) > 1e-3
     with pytest.raises(ValueError, match="merge those before these are put on top"):
         both.merge_adapter()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("as_stored", [True, False])
+@pytest.mark.parametrize(
+    "words", [{"method": "task_arithmetic", "scale": 0.5}, {"method": "mean", "space": "rotation"}]
+)
+def test_a_merge_in_memory_is_that_on_disk_and_is_undone(
+    words: dict[str, Any], as_stored: bool, kind: str, tmp_path: Path
+) -> None:
+    """Experts that are stored one by one are parts of one parameter of the live model; a LoRA on them beside ours."""
+    base = save_base(tmp_path / "base", kind, save_original_format=as_stored)
+    adapted(type(base).from_pretrained(tmp_path / "base"), "oftv2").save_pretrained(tmp_path / "a")
+    save_lora(tmp_path / "b", type(base).from_pretrained(tmp_path / "base"), UP_AND_DOWN)
+    sources = [tmp_path / "a", tmp_path / "b"]
+    merge(tmp_path / "base", sources, tmp_path / "out", diagnostics=False, progress=False, **words)
+    wanted, before = loaded(tmp_path / "out", base), loaded(tmp_path / "base", base)
+    tried = LiveMerge(plan(tmp_path / "base", sources, method="mean", space="full"), base)
+    with tried.changed(tried.merged(words)):
+        close({name: tensor.clone() for name, tensor in base.state_dict().items()}, wanted)
+        assert apart(base.state_dict()[STACK], before[STACK]) > 1e-3
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
