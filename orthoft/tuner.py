@@ -214,7 +214,7 @@ def _check_own_weights(layers: Mapping[str, OrthoLayer]) -> None:
         inner = layer.base_layer
         if isinstance(inner, BaseTunerLayer) and not inner.merged:
             raise ValueError(f"{key!r} sits on adapters of another model: merge those before these are put on top")
-        owner = owners.setdefault(id(getattr(layer.get_base_layer(), "weight", layer)), key)
+        owner = owners.setdefault(id(getattr(layer.held, "weight", layer)), key)
         if owner != key and not key.startswith(f"{owner}."):
             raise ValueError(
                 f"{owner!r} and {key!r} share one weight, which cannot hold both adapters: adapt one of them"

@@ -20,8 +20,11 @@ from orthoft.merging.formats.ours import get_reader
 from orthoft.merging.formats.registry import Extent
 from orthoft.merging.formats.tokens import TOKENS
 from orthoft.merging.sources.adapter import open_source
-from orthoft.merging.sources.expert_inputs import first_matrices
+from orthoft.merging.sources.expert_inputs import ROTATIONS, first_matrices, stored_experts
 from orthoft.merging.sources.names import match_names
+from orthoft.merging.sources.orientation import is_stacked
+from orthoft.merging.sources.parameters import INNER
+from orthoft.merging.sources.renames import loaded_model
 from orthoft.merging.statistics import STATISTICS_OF
 from orthoft.merging.wish import Wish, check_patterns
 from orthoft.recipes.elsewhere import folder_of, refuse_others_tensors
@@ -42,7 +45,7 @@ class Saved:
     """What a task's expert will hold, by the names that its model has for them; ``complete`` unless there may be more.
 
     Extents of adapters by module, the modules whose bias changes, shapes of tensors that replace the base's
-    (``modules_to_save``, biases), and weights of which some rows are new.
+    (``modules_to_save``, biases), weights of which some rows are new, and whether the adapter rotates inputs.
     """
 
     extents: Mapping[str, Extent] = field(default_factory=dict)
@@ -50,6 +53,7 @@ class Saved:
     beside: Mapping[str, Shape] = field(default_factory=dict)
     tokens: Sequence[str] = ()
     complete: bool = True
+    rotates: bool = False
 
     @cached_property
     def ranks(self) -> Ranks:
@@ -57,24 +61,30 @@ class Saved:
         whole = [name.removesuffix(".weight") for name, shape in self.beside.items() if len(shape) == 2]
         return {**dict.fromkeys(whole), **{module: extent.rank for module, extent in self.extents.items()}}
 
-    def in_base(self, base: TensorFolder) -> dict[str, str] | None:
+    def experts(self, base: TensorFolder) -> dict[str, str]:
+        """Return {module: its first matrices, as the loaded model calls them} of the fused experts among them."""
+        return first_matrices(self.extents, base) if self.rotates else {}
+
+    def in_base(self, base: TensorFolder) -> dict[str, list[str]] | None:
         """Return what tensors of the base change, by their own names, named as in its files; None if it is unknown."""
-        if any(first_matrices(module, base) for module in self.extents):  # of fused experts the merge tells
-            return None
-        extents = {f"{module}.weight": extent for module, extent in self.extents.items()}
+        experts = self.experts(base)
+        extents = {f"{module}.weight": extent for module, extent in self.extents.items() if module not in experts}
 
         def fits(own: str, theirs: str) -> bool:
             if own in extents:
                 return extents[own].fits(base.shape(theirs))
             return own not in self.beside or self.beside[own] == base.shape(theirs)
 
+        fused = loaded_model(base).fused if experts else {}
+        firsts = {name: parts[0][0] for name, parts in fused.items() if parts}
         names = [*extents, *self.beside, *self.tokens]
         try:
-            naming = match_names(names, base, fits)
+            naming = match_names([*names, *experts.values()], base, fits, firsts)
         except ValueError:  # ambiguous: the merge tells
             return None
         named = {own: naming.to_base(own) for own in (*names, *(f"{module}.bias" for module in self.biased))}
-        return {own: theirs for own, theirs in named.items() if theirs is not None and theirs in base}
+        found = {own: [theirs] for own, theirs in named.items() if theirs is not None and theirs in base}
+        return found | {f"{module}.weight": stored_experts(name, naming, base) for module, name in experts.items()}
 
 
 def rehearse(recipe: Recipe, base: Path) -> None:
@@ -163,7 +173,8 @@ def saved_by(task: Task, base: Path, to_merge: bool) -> Saved:
             beside[name.replace(".base_layer.", ".")] = tuple(tensor.shape)
     extents = {module: reader.extent(config.to_dict(), shapes) for module, shapes in modules.items()}
     biased = [module for module, shapes in modules.items() if reader.bias in shapes]
-    return Saved(extents, biased, beside, tokens, complete=not getattr(config, "target_parameters", None))
+    complete = not getattr(config, "target_parameters", None)
+    return Saved(extents, biased, beside, tokens, complete, rotates=reader.peft_type in ROTATIONS)
 
 
 def _adapted_shapes(task: Task, base: Path, config: peft.PeftConfig) -> Any:
@@ -183,7 +194,8 @@ def misnamed(base: Path, saved: Mapping[str, Saved]) -> list[str]:
     """Return a line if none of the adapted weights has a name in the base's files that a merge could find."""
     stored = TensorFolder(base)
     modules = dict.fromkeys(chain.from_iterable(own.ranks for own in saved.values()))
-    wanted = [f"{module}.weight" for module in modules if first_matrices(module, stored) is None]
+    experts = first_matrices((module.replace(INNER, "") for module in modules), stored)
+    wanted = [f"{module}.weight" for module in modules if module.replace(INNER, "") not in experts]
     try:
         naming = match_names(wanted, stored, lambda own, theirs: True)
     except ValueError:  # ambiguous without shapes: the merge has them, and decides
@@ -210,9 +222,10 @@ def merge_mistakes(
     """
     wish = wished(merge, len(saved))
     named = {task: own.in_base(base) for task, own in saved.items()}
-    touched = {*chain.from_iterable(names.values() for names in named.values() if names is not None)}
+    touched = {tensor for names in named.values() for tensors in (names or {}).values() for tensor in tensors}
     touched |= {*chain.from_iterable(others.values() if others else ())}
-    if None not in named.values() and all(own.complete for own in saved.values()):
+    whole = None not in named.values() and all(own.complete for own in saved.values())
+    if whole:
         try:
             _check_patterns(wish, [name for name in base if name in touched and 0 not in base.shape(name)])
         except ValueError as error:
@@ -220,13 +233,15 @@ def merge_mistakes(
     ranks: dict[str, dict[str, int | None]] = {}
     for task, names in named.items():
         for module, rank in saved[task].ranks.items():
-            weight = (names or {}).get(f"{module}.weight")
-            if weight is not None and wish.selects(weight):
-                ranks.setdefault(weight, {})[task] = rank
+            for weight in filter(wish.selects, (names or {}).get(f"{module}.weight", ())):
+                ranks.setdefault(weight, {})[task] = None if is_stacked(weight, base.shape(weight)) else rank
+        experts = chain.from_iterable((names or {}).get(f"{m}.weight", ()) for m in saved[task].experts(base))
+        if export.lora is not None and any(map(wish.selects, experts)):
+            return [f"export.lora: {task} rotates what fused experts read, which no LoRA holds: leave it out"]
     for name, own in (others or {}).items():
         for weight in filter(wish.selects, own):
             ranks.setdefault(weight, {})[name] = own[weight]
-    return _space_mistakes(merge, wish, export, [*saved, *(others or {})], ranks)
+    return _space_mistakes(merge, wish, export, [*saved, *(others or {})], ranks, whole)
 
 
 def _check_patterns(wish: Wish, names: Sequence[str]) -> None:
@@ -236,10 +251,11 @@ def _check_patterns(wish: Wish, names: Sequence[str]) -> None:
 
 
 def _space_mistakes(
-    merge: Merge, wish: Wish, export: Export, tasks: Sequence[str], weights: Mapping[str, Ranks]
+    merge: Merge, wish: Wish, export: Export, tasks: Sequence[str], weights: Mapping[str, Ranks], whole: bool
 ) -> list[str]:
-    """Return what forbids the space or the LoRA export of weights, of which there are the ranks by task."""
+    """Return what forbids the space or the LoRA export of weights, the ``whole`` of them or not, with ranks by task."""
     exact = export.lora is not None and export.lora.rank is None
+    used = set[str]()
     for weight, ranks in weights.items():
         dense = [task for task, rank in ranks.items() if rank is None]
         try:
@@ -249,4 +265,10 @@ def _space_mistakes(
         if exact and not (space.keeps_factors and not dense):
             who = f"the adapters of {', '.join(dense)} have" if dense else f"a {merge.method!r} merge in full space has"
             return [f"export.lora: a rank is needed, {who} no low-rank factors: set export.lora.rank"]
+        used.add(space.name)
+    if whole and used and wish.space not in ("auto", *used):
+        try:
+            wish.refuse_space()
+        except ValueError as error:
+            return [f"merge: {error}"]
     return []

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from orthoft.merging.files.tensors import TensorFolder
+from orthoft.merging.sources.expert_inputs import first_matrices
 from orthoft.recipes.data import read_file, require
 from orthoft.recipes.expert import fingerprint
 from orthoft.recipes.initialise import NEEDS_INPUTS, choose, covariances, weights_of
@@ -43,6 +45,11 @@ def save_subspaces(recipe: Recipe, base: Path, folder: Path, room: int | None = 
     assert wanted is not None
     trained = [task for task in recipe.tasks if task.expert is None]
     found = [adapter_ranks(task, base, to_merge=True) if task in trained else {} for task in recipe.tasks]
+    if fused := first_matrices(dict.fromkeys(module for own in found for module in own), TensorFolder(base)):
+        raise ValueError(
+            f"train_to_merge keeps tasks apart on linear layers, and {next(iter(fused))!r} holds fused experts: leave "
+            "them out of the adapters' targets"
+        )
     ranks = [{f"{module}.weight": r for module, r in own.items() if r is not None} for own in found]
     model = load_model(recipe.tasks[0].kind, base, recipe.dtype)
     weights = weights_of(model, dict.fromkeys(name for own in ranks for name in own))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from merging_files import randomised
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_merging_parameters import MODELS, UP_AND_DOWN, close, loaded, save_base, save_lora
+from tiny import write_rows
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,7 +23,10 @@ from orthoft.convert import to_lora
 from orthoft.merging import merge, plan
 from orthoft.merging.files.tensors import TensorFolder
 from orthoft.merging.sources.adapter import open_source
+from orthoft.recipes import RecipeError, load
 from orthoft.recipes.live_merge import LiveMerge
+from orthoft.recipes.rehearse import rehearse
+from orthoft.recipes.train_to_merge import save_subspaces
 
 KINDS = ("mixtral", "qwen3_moe", "gpt_oss")
 STACK = "model.layers.0.mlp.experts.gate_up_proj"
@@ -240,8 +245,14 @@ def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
         to_lora(tuned)
     with pytest.raises(ValueError, match=r"fused experts.*: merge it instead"):
         to_lora(tmp_path / "a", out=tmp_path / "lora", base=tmp_path / "base")
+    with pytest.raises(ValueError, match="output='lora' would need factors for each expert"):
+        merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "out", method="mean", output="lora", progress=False)
+    alone = adapted(type(model).from_pretrained(tmp_path / "base"), "hra", target_modules=["experts"])
+    alone.save_pretrained(tmp_path / "alone")
+    with pytest.raises(ValueError, match=r"fused experts.*: merge it instead"):
+        to_lora(tmp_path / "alone", out=tmp_path / "lora", base=tmp_path / "base")
     adapted(type(model).from_pretrained(tmp_path / "base"), "oftv2").save_pretrained(tmp_path / "b")
-    with pytest.raises(ValueError, match="fused experts"):
+    with pytest.raises(ValueError, match="output='rotation' holds rotations of layers"):
         merge(tmp_path / "base", [tmp_path / "b"], tmp_path / "out", method="mean", output="rotation", progress=False)
 
 
@@ -287,3 +298,47 @@ def test_a_merge_in_memory_is_that_on_disk_and_is_undone(
         close({name: tensor.clone() for name, tensor in base.state_dict().items()}, wanted)
         assert apart(base.state_dict()[STACK], before[STACK]) > 1e-3
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+
+
+def test_tied_experts_cannot_hold_two_adapters() -> None:
+    model = mixture("mixtral")
+    model.model.layers.append(copy.deepcopy(model.model.layers[0]))
+    model.model.layers[1].mlp.experts.gate_up_proj = model.model.layers[0].mlp.experts.gate_up_proj
+    with pytest.raises(ValueError, match="share one weight, which cannot hold both adapters"):
+        adapted(model, "oftv2", target_modules=["experts"]).merge_adapter()
+
+
+@pytest.mark.parametrize("targets", [["experts"], ["experts", "q_proj"]])
+@pytest.mark.parametrize("as_stored", [True, False])
+def test_a_recipe_is_told_before_it_trains(as_stored: bool, targets: list[str], tmp_path: Path) -> None:
+    """What its merge and its exports cannot do with adapters on experts; what they can passes."""
+    save_base(tmp_path / "base", "mixtral", save_original_format=as_stored)
+    text = write_rows(tmp_path / "text.jsonl", [{"text": "w"}])
+    splits = dict.fromkeys(("train", "tuning", "test"), text)
+
+    def rehearsed(merging: dict[str, Any], **more: Any) -> None:
+        words = {"type": "oftv2", "block_size": 4, "target_modules": targets}
+        task = {"name": "a", "kind": "causal-lm", "data": splits, "adapter": words}
+        told = {"name": "t", "base": str(tmp_path / "base"), "output": str(tmp_path / "out"), "tasks": [task]}
+        rehearse(load(told | {"merge": merging} | more), tmp_path / "base")
+
+    rehearsed({"method": "mean", "include": ["*experts*"]})
+    rehearsed({"method": "mean", "space": "rotation"})
+    with pytest.raises(RecipeError, match=r"merge: the pattern '\*expertss\*' matches no weight"):
+        rehearsed({"method": "mean", "include": ["*expertss*"]})
+    with pytest.raises(RecipeError, match="space 'core' needs low-rank factors"):
+        rehearsed({"method": "mean", "space": "core"})
+    with pytest.raises(RecipeError, match=r"export\.lora: a rotates what fused experts read, which no LoRA holds"):
+        rehearsed({"method": "mean"}, export={"lora": {"rank": 4}})
+    if len(targets) > 1:
+        rehearsed({"method": "mean", "exclude": ["*experts*"]}, export={"lora": {"rank": 4}})
+
+
+def test_tasks_are_not_kept_apart_on_experts(tmp_path: Path) -> None:
+    save_base(tmp_path / "base", "mixtral")
+    words = {"type": "psoft", "r": 4, "target_modules": ["experts", "q_proj"]}
+    splits = dict.fromkeys(("train", "tuning", "test"), write_rows(tmp_path / "text.jsonl", [{"text": "w"}]))
+    tasks = [{"name": name, "kind": "causal-lm", "data": splits, "adapter": words} for name in "ab"]
+    recipe = {"name": "t", "base": str(tmp_path / "base"), "output": str(tmp_path / "out"), "tasks": tasks}
+    with pytest.raises(ValueError, match=r"keeps tasks apart on linear layers, and .* holds fused experts"):
+        save_subspaces(load(recipe | {"train_to_merge": {"method": "orthogonal"}}), tmp_path / "base", tmp_path / "s")

@@ -41,6 +41,11 @@ class LoraOutput(Output):
         rank = options.rank
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise ValueError(f"rank is a positive number, got {rank!r}")
+        if fused := [name for s in plan.sources for name in s.on_experts if name in plan.merged]:
+            raise ValueError(
+                f"output='lora' would need factors for each expert, and a rotation of all is merged into {fused[0]!r}: "
+                "take output='checkpoint'"
+            )
         linear, self._parameters = _places(plan)
         self._modules = module_names(plan, linear, as_loaded=self._parameters)
         self.names = list(self._modules)

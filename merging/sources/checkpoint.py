@@ -22,20 +22,22 @@ class Source(ABC):
 
     ``kind`` is its format, ``ranks`` maps the names of the base's weights it changes to the rank of its factors there
     (None without factors), ``not_carried`` lists what it holds that the base has no place for, ``notes`` what is worth
-    knowing of it. ``inputs_first`` says of adapted weights whether the base stores them transposed.
+    knowing of it. ``inputs_first`` says of adapted weights whether the base stores them transposed, ``on_experts`` are
+    the tensors of fused experts whose inputs an adapter rotates.
     """
 
     kind: str
     config: Mapping[str, Any]
     inputs_first: Mapping[str, bool]
     ranks: Mapping[str, int | None]
+    on_experts: list[str]
     not_carried: list[str]
     notes: list[str]
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
         self.config, self.inputs_first = {}, {}
-        self.not_carried, self.notes = [], []
+        self.on_experts, self.not_carried, self.notes = [], [], []
 
     def needs_weight(self, name: str) -> bool:
         """Say whether `delta` looks at the numbers of the base's weight, not at its shape alone."""

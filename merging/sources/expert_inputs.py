@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,20 +22,29 @@ ROTATIONS = ("ORTHOFT_OFTV2", "ORTHOFT_HRA", "ORTHOFT_GOFT", "ORTHOFT_PSOFT")
 Read = Callable[[str, Tensor], Delta]  # of a module, and a matrix (outputs, inputs)
 
 
-def first_matrices(module: str, base: TensorFolder) -> str | None:
-    """Return what a module of fused experts calls its first matrices, None of any other module.
+def first_matrices(modules: Iterable[str], base: TensorFolder) -> dict[str, str]:
+    """Return {module: its first matrices, as the loaded model calls them} of those modules that are fused experts.
 
-    The module may have a prefix more or less than in the base.
+    A module may have a prefix more or less than in the base.
     """
-    if not EXPERTS.fullmatch(f"{module}.weight"):
-        return None
-    known = (*base, *loaded_model(base).names)
-    names = [f"{module}.{last}" for last in FIRST_MATRICES]
-    return next((one for one in names for name in known if _ends(one, name) or _ends(name, one)), None)
+    asked = [module for module in modules if EXPERTS.fullmatch(f"{module}.weight")]
+    names = (*base, *loaded_model(base).names) if asked else ()
+    known = {name for name in names if name.rpartition(".")[2] in FIRST_MATRICES}
+    found = {module: [f"{module}.{last}" for last in FIRST_MATRICES] for module in asked}
+    own = {module: next((one for one in ends if _fits(one, known)), None) for module, ends in found.items()}
+    return {module: name for module, name in own.items() if name is not None}
 
 
-def _ends(name: str, end: str) -> bool:
-    return f".{name}".endswith(f".{end}")
+def _fits(name: str, known: Collection[str]) -> bool:
+    return any(f".{name}".endswith(f".{one}") or f".{one}".endswith(f".{name}") for one in known)
+
+
+def stored_experts(name: str, naming: Naming, base: TensorFolder) -> list[str]:
+    """Return the tensors of the base that hold the first matrices of experts, all in one or each by itself."""
+    if parts := loaded_model(base).fused.get(naming.prefix.to_base(name) or ""):
+        return [one for expert in parts for one in expert]
+    whole = naming.to_base(name) or ""
+    return [whole] if whole in base and len(base.shape(whole)) == 3 else []
 
 
 @dataclass(frozen=True)
@@ -84,9 +93,7 @@ class ExpertInputs:
 
     def __init__(self, file: AdapterFile, base: TensorFolder, read: Read) -> None:
         self._file, self._base, self._read = file, base, read
-        turns = file.reader.peft_type in ROTATIONS
-        named = {module: first_matrices(module, base) for module in file.keys} if turns else {}
-        self._modules = {module: name for module, name in named.items() if name is not None}
+        self._modules = first_matrices(file.keys, base) if file.reader.peft_type in ROTATIONS else {}
         self._model = loaded_model(base) if self._modules else Loaded()
         self.names = list(self._modules.values())
         self.stored = {name: parts[0][0] for name, parts in self._model.fused.items() if parts}
@@ -104,22 +111,15 @@ class ExpertInputs:
             ValueError: they are not there, are quantised, or have other inputs.
         """
         for module, name in self._modules.items():
-            found = dict(self._places(module, naming.prefix.to_base(name) or "", naming.to_base(name) or ""))
-            for tensor, place in found.items():
-                self._check(tensor, place)
-            self.places |= found
-
-    def _places(self, module: str, loaded: str, stored: str) -> Iterator[tuple[str, Place]]:
-        rank = self._file.extent(module).rank
-        if parts := self._model.fused.get(loaded):
-            for name in (name for expert in parts for name in expert):
-                yield name, Place(module, rank)
-        elif stored in self._base and len(self._base.shape(stored)) == 3:
-            told = loaded.rpartition(".")[0] in self._model.turned
-            turned = told if self._model.names else Orientation(self._base).inputs_first(stored)
-            yield stored, Place(module, None, turned)
-        else:
-            raise ValueError(f"an adapter of another base: the experts of its module {module!r} are not in the base")
+            tensors = stored_experts(name, naming, self._base)
+            if not tensors:
+                raise ValueError(f"an adapter of another base: its experts {module!r} are not in the base")
+            told = (naming.prefix.to_base(name) or "").rpartition(".")[0] in self._model.turned
+            for tensor in tensors:
+                fused = len(self._base.shape(tensor)) == 3
+                turned = fused and (told if self._model.names else Orientation(self._base).inputs_first(tensor))
+                self.places[tensor] = Place(module, None if fused else self._file.extent(module).rank, turned)
+                self._check(tensor, self.places[tensor])
 
     def _check(self, name: str, place: Place) -> None:
         check_unquantised(name, self._base)

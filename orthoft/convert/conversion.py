@@ -159,6 +159,7 @@ def open_adapter(adapter: str | Path, base: str | Path | None, out: str | Path |
         refuse_what_is_read(Path(out), [folder, tensors.folder], "converted")
     source = AdapterSource(str(adapter), folder, tensors)
     if not source.inputs_first:
+        source.beside()  # says what it changes instead, if it does
         raise ValueError(f"{folder} adapts no weight, it only holds saved modules: there is nothing to convert")
     return Opened(source, tensors)
 
