@@ -143,10 +143,11 @@ class Merge(MergeWords):
 class TrainToMerge(Strict):
     """What keeps the tasks apart before they are merged, from a few unlabelled rows of all of them.
 
-    ``method`` chooses the subspace in which each task may write, ``frozen`` unless a LoRA is to train on from there;
-    ``ridge`` is of "contrastive". ``penalty`` weighs what a LoRA's update does to the other tasks' inputs beside the
-    loss (3000, say). ``rows`` are of each task's train split, and of the texts in ``general`` (JSONL, CSV or Parquet,
-    column ``text``), which stand for tasks that are not known yet. Rank and layers are the adapters' own.
+    ``method`` chooses the subspace in which each task may write, ``frozen`` unless a LoRA is to train on from there, as
+    it should where it trains for tens of steps and not for hundreds; ``ridge`` is of "contrastive". ``penalty`` weighs
+    what a LoRA's update does to the other tasks' inputs beside the loss (3000, say). ``rows`` are of each task's train
+    split, and of the texts in ``general`` (JSONL, CSV or Parquet, column ``text``), which stand for tasks that are not
+    known yet. Rank and layers are the adapters' own.
     """
 
     method: Literal["osrm", "contrastive", "orthogonal", "principal"] | None = None
