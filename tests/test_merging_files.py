@@ -144,6 +144,7 @@ def test_merging_reads_files_by_itself() -> None:
         "orthoft.citations",
         "orthoft.delta",
         "orthoft.errors",
+        "orthoft.experts",
         "orthoft.givens",
         "orthoft.linalg",
         "orthoft.loading",
