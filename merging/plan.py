@@ -74,6 +74,11 @@ class MergePlan:
         """The scale of the whole model, if the merge has one: method and rescale are the same for all weights."""
         return next((item.choice.finish for item in self.merged.values()), None)
 
+    @property
+    def on_experts(self) -> list[str]:
+        """The merged tensors of fused experts whose inputs a source rotates."""
+        return [name for name in self.merged if any(name in source.on_experts for source in self.sources)]
+
 
 def plan(
     base: PathLike,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from orthoft.adapter import Adapter, InputRotation, Map, cast_for_autocast
 from orthoft.config import OrthoConfig
-from orthoft.layouts import ExpertsLayout, LinearLayout, layout_of, loaded
+from orthoft.layouts import ExpertsLayout, layout_of, loaded
 from orthoft.linalg import at_least_float32
 from orthoft.quantization import OriginalWeight, quantization_backend, requantization_error
 
@@ -137,8 +137,7 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
         order = torch.tensor([i for index in rows.values() for i in index], device=x.device, dtype=torch.long)
         found = {name: self.adapters[name] for name in rows if name in self.adapters}
         turned = {name: a.turn for name, a in found.items() if isinstance(a, InputRotation)}
-        rotates = isinstance(self.layout, LinearLayout | ExpertsLayout)
-        if rotates and len(turned) == len(found):  # one call of the frozen layer for all
+        if self.layout.turns and len(turned) == len(found):  # one call of the frozen layer for all
             with loaded(*found.values()):
                 parts = [turned.get(name, cast_for_autocast)(x[index]) for name, index in rows.items()]
             return base(torch.cat(parts)[torch.argsort(order)])

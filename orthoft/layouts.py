@@ -22,7 +22,12 @@ OWN_FORWARD = tuple(convolution.forward for convolution in CONVOLUTIONS)
 
 
 class Layout(ABC):
-    """A kind of layer: where its (m, n) matrix is, and what adapters do in its forward pass."""
+    """A kind of layer: where its (m, n) matrix is, and what adapters do in its forward pass.
+
+    ``turns``: a rotation of the inputs acts on the activations, before one call of the frozen layer.
+    """
+
+    turns = False
 
     def held(self, base: Any) -> Any:
         """Return what has the matrix as its ``weight``: the layer itself, or a view of one that calls it otherwise."""
@@ -50,6 +55,8 @@ class Layout(ABC):
 
 class LinearLayout(Layout):
     """nn.Linear and its quantised relatives: the weight is (m, n)."""
+
+    turns = True
 
     def features(self, base: Any) -> tuple[int, int]:
         return base.in_features, base.out_features
@@ -124,6 +131,8 @@ class ExpertsLayout(Layout):
     matrix is (E m, n), one expert under the other. The activations are rotated, once for all experts: no stack of
     weights is made or kept for backward. Their second matrices stay as they are.
     """
+
+    turns = True
 
     def __init__(self, base: Any) -> None:
         self.transposed = bool(base.is_transposed)

@@ -14,7 +14,7 @@ from orthoft.delta import Delta, Dense, LowRank, Rotated, SubspaceRotated, Trans
 from orthoft.linalg import at_least_float32
 from orthoft.merging import MergePlan
 from orthoft.merging.deltas import is_small, merged_delta, model_scale
-from orthoft.merging.files.tensors import TensorFolder, matrix_shape
+from orthoft.merging.files.tensors import TensorFolder, as_matrix, matrix_shape
 from orthoft.merging.outputs.checkpoint import add_rounded
 from orthoft.merging.sources.checkpoint import Source
 from orthoft.merging.sources.expert_inputs import InputsFirst
@@ -101,10 +101,8 @@ class LiveMerge:
         found = {}
         for name, weight in self._weights.items():
             parameter = own.get(naming.to_source(name), experts.get(name))
-            same = parameter is not None and torch.equal(
-                parameter.cpu().reshape(weight.shape), weight.to(parameter.dtype)
-            )
-            if parameter is None or not same:
+            stored = weight.reshape(matrix_shape(plan.base.shape(name)))
+            if parameter is None or not torch.equal(as_matrix(parameter.cpu()), stored.to(parameter.dtype)):
                 raise ValueError(
                     f"weight {name!r} of {plan.base.folder} is no parameter of the model loaded from it: "
                     "leave it out with merge.exclude"
@@ -167,7 +165,7 @@ class LiveMerge:
 def _of_experts(base: TensorFolder, own: Mapping[str, Tensor], prefix: Prefix) -> Iterator[tuple[str, Tensor]]:
     """Give what the base stores expert by expert, each as its part of the parameter that transformers makes of all."""
     for name, experts in loaded_model(base).fused.items():
-        stack = own.get(prefix.to_source(name))
-        for expert, parts in enumerate(experts if stack is not None else ()):
-            assert stack is not None
-            yield from zip(parts, torch.split(stack[expert], [base.shape(part)[0] for part in parts]), strict=True)
+        if (stack := own.get(prefix.to_source(name))) is None:
+            continue
+        for matrix, parts in zip(stack, experts, strict=False):  # of some that are not all stored there are none
+            yield from zip(parts, torch.split(matrix, [base.shape(part)[0] for part in parts]), strict=True)

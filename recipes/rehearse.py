@@ -75,8 +75,7 @@ class Saved:
                 return extents[own].fits(base.shape(theirs))
             return own not in self.beside or self.beside[own] == base.shape(theirs)
 
-        fused = loaded_model(base).fused if experts else {}
-        firsts = {name: parts[0][0] for name, parts in fused.items() if parts}
+        firsts = loaded_model(base).firsts if experts else {}
         names = [*extents, *self.beside, *self.tokens]
         try:
             naming = match_names([*names, *experts.values()], base, fits, firsts)

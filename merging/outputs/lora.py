@@ -41,10 +41,10 @@ class LoraOutput(Output):
         rank = options.rank
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise ValueError(f"rank is a positive number, got {rank!r}")
-        if fused := [name for s in plan.sources for name in s.on_experts if name in plan.merged]:
+        if plan.on_experts:
             raise ValueError(
-                f"output='lora' would need factors for each expert, and a rotation of all is merged into {fused[0]!r}: "
-                "take output='checkpoint'"
+                "output='lora' would need factors for each expert, and a rotation of all is merged into "
+                f"{plan.on_experts[0]!r}: take output='checkpoint'"
             )
         linear, self._parameters = _places(plan)
         self._modules = module_names(plan, linear, as_loaded=self._parameters)

@@ -42,8 +42,10 @@ class RotationOutput(Output):
             raise ValueError(f"output='rotation' needs sources that are block rotations (OFT), not {', '.join(others)}")
         adapters = [source for source in plan.sources if isinstance(source, AdapterSource)]
         adapted = {name for source in adapters for name in source.adapter_ranks}
-        if fused := [name for source in plan.sources for name in source.on_experts if name in plan.merged]:
-            raise ValueError(f"output='rotation' holds rotations of layers, and {fused[0]!r} is of fused experts")
+        if plan.on_experts:
+            raise ValueError(
+                f"output='rotation' holds rotations of layers, and {plan.on_experts[0]!r} is of fused experts"
+            )
         self.names = [name for name in plan.merged if name in adapted]
         if not self.names:
             raise ValueError("output='rotation' needs a rotated weight, and the sources rotate none")

@@ -98,7 +98,7 @@ class AdapterSource(Source):
             (self._experts.places, self._experts.delta),
             (self._biases, self._shift),
         )
-        self.on_experts = list(self._experts.places)
+        self.on_experts = self._experts.places
         self.adapter_ranks = {theirs: extent.rank for theirs, extent in checked.items()}
         self.ranks = self._ranks()
         self.notes += [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,15 @@ class Source(ABC):
     config: Mapping[str, Any]
     inputs_first: Mapping[str, bool]
     ranks: Mapping[str, int | None]
-    on_experts: list[str]
+    on_experts: Collection[str]
     not_carried: list[str]
     notes: list[str]
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
         self.config, self.inputs_first = {}, {}
-        self.on_experts, self.not_carried, self.notes = [], [], []
+        self.on_experts = ()
+        self.not_carried, self.notes = [], []
 
     def needs_weight(self, name: str) -> bool:
         """Say whether `delta` looks at the numbers of the base's weight, not at its shape alone."""

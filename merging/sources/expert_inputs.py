@@ -96,7 +96,7 @@ class ExpertInputs:
         self._modules = first_matrices(file.keys, base) if file.reader.peft_type in ROTATIONS else {}
         self._model = loaded_model(base) if self._modules else Loaded()
         self.names = list(self._modules.values())
-        self.stored = {name: parts[0][0] for name, parts in self._model.fused.items() if parts}
+        self.stored = self._model.firsts
         self.places: dict[str, Place] = {}
 
     @property

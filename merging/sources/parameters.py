@@ -94,7 +94,7 @@ class Parameters:
         model = self._model = loaded_model(base) if self.names else Loaded()
         self._order = {name: at for at, name in enumerate(model.names)}
         self._parts = {name: parts for name, parts in model.fused.items() if parts}
-        self.stored = {name: parts[0][0] for name, parts in self._parts.items()}
+        self.stored = model.firsts
         self.places: dict[str, Place] = {}
         self._second = lru_cache(maxsize=2)(self._read_second)  # of all experts: their weights come one by one
 

@@ -33,6 +33,11 @@ class Loaded:
     fused: dict[str, Parts] = field(default_factory=dict)
     turned: set[str] = field(default_factory=set)
 
+    @property
+    def firsts(self) -> dict[str, str]:
+        """What stands in the files for each fused tensor whose parts are all there: the first of them."""
+        return {name: parts[0][0] for name, parts in self.fused.items() if parts}
+
 
 def stored_names(base: TensorFolder) -> dict[str, str]:
     """Return {name in the loaded model: name in the files} of the tensors that loading only renames.
