@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -21,7 +22,7 @@ from orthoft.recipes.expert import Ready, finished, forget, read_tasks, take
 from orthoft.recipes.finetune import train
 from orthoft.recipes.head import Head
 from orthoft.recipes.keep_away import KeepAway
-from orthoft.recipes.layout import FINISHED, SUBSPACES, expert_folder, head_file
+from orthoft.recipes.layout import FINISHED, SUBSPACES, expert_folder, head_file, trainer_folder
 from orthoft.recipes.schema import Recipe
 from orthoft.recipes.task_schema import Task
 from orthoft.recipes.train_to_merge import chosen_before, read_subspace, save_subspaces
@@ -65,6 +66,8 @@ class Experts:
             PartialState().wait_for_everyone()  # all have looked before one changes anything
             if known is not None:
                 self.say(f"  reused {folder}")
+                if PartialState().is_main_process:  # killed after it was finished, before these were gone
+                    shutil.rmtree(trainer_folder(folder), ignore_errors=True)
             else:
                 if PartialState().is_main_process:
                     forget(folder)

@@ -29,7 +29,7 @@ from orthoft.recipes.layout import (
     trainer_folder,
 )
 from orthoft.recipes.schema import Again, Recipe
-from orthoft.recipes.whole import write_whole_text
+from orthoft.recipes.whole import partial_of, write_whole_text
 
 OF_TASKS = (EXPERTS, HEADS, STATISTICS)  # folders with something of each task
 LOCK = ".lock"
@@ -111,7 +111,7 @@ def refuse_own_inputs(recipe: Recipe, base: Path, out: Path) -> None:
 
 def _refuse(recipe: Recipe, out: Path, again: Again) -> None:
     known = (out / RECIPE).is_file() or (out / BEFORE).is_dir()
-    if out.exists() and not (out.is_dir() and (known or all(path.suffix == LOCK for path in out.iterdir()))):
+    if out.exists() and not (out.is_dir() and (known or all(_begun(path) for path in out.iterdir()))):
         raise FileExistsError(f"{out} exists and is not a run of a recipe: choose another output")
     if again != "no":
         return
@@ -128,6 +128,11 @@ def _refuse(recipe: Recipe, out: Path, again: Again) -> None:
                 f"{out} holds a run of another recipe: --keep-experts trains only what changed, --overwrite starts "
                 "again; or choose another output"
             )
+
+
+def _begun(path: Path) -> bool:
+    """Return whether a path in an output is of a run that had not even written its recipe when it was killed."""
+    return path.suffix == LOCK or path == partial_of(path.with_name(RECIPE))
 
 
 def _given(words: Any) -> Any:

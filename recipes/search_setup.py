@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +148,7 @@ def open_study(out: Path, identity: Mapping[str, Any], values: int, overwrite: b
     out.mkdir(parents=True, exist_ok=True)
     for name in (JOURNAL, RESULT, PAGE, JOB) if overwrite else ():
         (out / name).unlink(missing_ok=True)
+    _mend(out / JOURNAL)
     study: Study = optuna_module().create_study(
         storage=_storage(out), study_name=SEARCH, directions=["maximize"] * values, load_if_exists=True
     )
@@ -156,6 +158,22 @@ def open_study(out: Path, identity: Mapping[str, Any], values: int, overwrite: b
     return study
 
 
+class _Locked:
+    """The lock of Optuna's journal, which has the output's: that of Optuna outlives who is killed by half a minute."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        return None
+
+
 def _storage(out: Path) -> Any:
     backend = importlib.import_module("optuna.storages.journal")
-    return optuna_module().storages.JournalStorage(backend.JournalFileBackend(str(out / JOURNAL)))
+    return optuna_module().storages.JournalStorage(backend.JournalFileBackend(str(out / JOURNAL), _Locked()))
+
+
+def _mend(journal: Path) -> None:
+    """Remove a last line that was cut off, as by a full disk: Optuna would write behind it, and read neither again."""
+    if journal.is_file() and not (content := journal.read_bytes()).endswith(b"\n"):
+        os.truncate(journal, content.rfind(b"\n") + 1)

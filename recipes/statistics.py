@@ -6,7 +6,6 @@ the statistics are of the adapted weights, under the names that the base has for
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from orthoft.errors import unknown
+from orthoft.merging.resume.partial import new_file
 from orthoft.merging.statistics import statistics_file
 from orthoft.recipes.base_weights import adapters_merged, base_parameters, linear_layers
 from orthoft.recipes.gradients import gradients
@@ -270,13 +270,8 @@ def _save(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str]) -
         raise ValueError(
             f"there are no {metadata['kind']} statistics of any of the base's weights: none of them was used"
         )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    try:
+    with new_file(file) as partial:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
     return file
 
 

@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 
+def partial_of(file: Path) -> Path:
+    """Return where a file is until it is whole."""
+    return file.with_name(f".{file.name}.partial")
+
+
 def write_whole(file: Path, content: bytes) -> None:
     """Write a file under another name beside it, and put it in place once it is complete and on the disk."""
-    partial = file.with_name(f".{file.name}.partial")
+    partial = partial_of(file)
     with partial.open("wb") as stream:
         stream.write(content)
         stream.flush()

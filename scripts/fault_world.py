@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,8 +102,8 @@ def build(root: Path) -> World:
 # Processes: what they say goes to a file that is theirs
 
 
-def start_forked(arguments: list[str]) -> int:
-    """Run the command line in a copy of this process."""
+def start_forked(arguments: Sequence[str], first: Callable[[], None] | None = None) -> int:
+    """Run the command line in a copy of this process, which calls ``first`` before."""
     sys.stdout.flush()
     if process := os.fork():
         return process
@@ -112,7 +112,9 @@ def start_forked(arguments: list[str]) -> int:
         os.dup2(said, 1)
         os.dup2(said, 2)
         torch.set_num_threads(1)  # the threads of the parent are not there
-        command_line(arguments)
+        if first is not None:
+            first()
+        command_line(list(arguments))
     except SystemExit as end:
         sys.stdout.flush()
         os._exit(int(end.code or 0))

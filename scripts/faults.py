@@ -15,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fault_runs import build_runs, differences, found
+from fault_points import commands
+from fault_runs import Runs, build_runs, differences, found
 from fault_world import CASES, World, build, compared, contents, ended, failure, partial, place, start_fresh, wait_for
 from safetensors.torch import load_file, save_file
 
@@ -158,10 +159,9 @@ class Faults:
                 row.wrong = [wrong] if wrong else compared(out, self.want["opcm"])
             yield row
 
-    def run_killed(self, rounds: int) -> Row:
+    def run_killed(self, rounds: int, runs: Runs) -> Row:
         """Kill runs of a recipe at random points, up to twice in a row, and let them end."""
-        row, root = Row("kill -9, run", rounds), self.world.root / "runs"
-        runs = build_runs(root, self.world.fresh)
+        row, root = Row("kill -9, run", rounds), runs.recipe.parent
         with place(root) as out:
             begun = time.monotonic()
             if wrong := runs.run(out):
@@ -173,7 +173,23 @@ class Faults:
                 row.wrong += [wrong] if (wrong := runs.run(out)) else differences(found(out), want)
         return row
 
-    def rows(self, rounds: int, runs: int) -> Iterator[Row]:
+    def killed_everywhere(self, points: int | None, names: Sequence[str], runs: Runs) -> Iterator[Row]:
+        """Let each command kill itself before its changes of the file system, all or so many, and run it again."""
+        known = {command.name: command for command in commands(self.world.root / "points", self.world, runs)}
+        if unknown := set(names) - known.keys():
+            raise SystemExit(f"no such command: {', '.join(sorted(unknown))}; there are {'; '.join(known)}")
+        for command in [known[name] for name in names or known]:
+            want, changes = command.undisturbed()
+            at = range(1, changes + 1)
+            chosen = at if points is None else sorted(self.draw.sample(at, min(points, changes)))
+            row = Row(f"each change, {command.name}", len(chosen))
+            for one in chosen:
+                struck, wrong = command.killed(one, want)
+                row.struck += struck
+                row.wrong += wrong
+            yield row
+
+    def rows(self, rounds: int, runs: int, points: int | None, names: Sequence[str]) -> Iterator[Row]:
         self.undisturbed()
         for i, case in enumerate(CASES):
             if share := len(range(i, rounds, len(CASES))):
@@ -182,8 +198,11 @@ class Faults:
         yield from (fault() for fault in one_by_one)
         yield from self.locales()
         yield from self.clocks()
+        tiny = build_runs(self.world.root / "runs", self.world.fresh)
         if runs:
-            yield self.run_killed(runs)
+            yield self.run_killed(runs, tiny)
+        if points != 0:
+            yield from self.killed_everywhere(points, names, tiny)
 
 
 def refused(code: int, lines: list[str]) -> list[str]:
@@ -208,7 +227,7 @@ def disk(folder: Path, options: str) -> Iterator[bool]:
 
 def line_of(row: Row, seconds: float) -> str:
     said = row.note or (f"WRONG: {'; '.join(row.wrong)}" if row.wrong else "same")
-    return f"{row.fault:22}  {row.rounds:6}  {row.struck:6}  {seconds:7.1f}  {said}"
+    return f"{row.fault:32}  {row.rounds:6}  {row.struck:6}  {seconds:7.1f}  {said}"
 
 
 def main() -> int:
@@ -216,15 +235,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=50, help="kills, shared out over four kinds of merge")
     parser.add_argument("--runs", type=int, help="kills of a recipe's run: as many as of merges unless given")
+    parser.add_argument("--points", type=int, help="changes before which each command kills itself: all unless given")
+    parser.add_argument("--commands", nargs="+", default=(), help="which do: all unless given")
     parser.add_argument("--seed", type=int, default=0, help="of the points at which merges are killed")
     parser.add_argument("--fresh", action="store_true", help="start an interpreter for each run: slower")
     given = parser.parse_args()
     wrong, runs = False, given.rounds if given.runs is None else given.runs
     with tempfile.TemporaryDirectory(prefix="orthoft-faults-") as folder:
         world = World(build(Path(folder)).root, given.fresh)
-        print(f"{'fault':22}  rounds  struck  seconds  result (seed {given.seed})")
+        print(f"{'fault':32}  rounds  struck  seconds  result (seed {given.seed})")
         begun = time.monotonic()
-        for row in Faults(world, random.Random(given.seed)).rows(given.rounds, runs):
+        faults = Faults(world, random.Random(given.seed))
+        for row in faults.rows(given.rounds, runs, given.points, given.commands):
             print(line_of(row, time.monotonic() - begun), flush=True)
             wrong, begun = wrong or bool(row.wrong), time.monotonic()
     return int(wrong)

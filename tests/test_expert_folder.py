@@ -111,6 +111,17 @@ class KilledError(Exception):
     """Stands for a kill -9 in the middle."""
 
 
+def test_checkpoints_of_a_finished_expert_go(models: Path, tmp_path: Path) -> None:
+    """A run may be killed when the expert is there and its checkpoints still are."""
+    words = labels(models, tmp_path)
+    run(words, until="finetune", tasks=["a"])
+    left = tmp_path / "out" / "experts" / ".a.trainer" / "checkpoint-2"
+    left.mkdir(parents=True)
+    (left / "trained.safetensors").write_bytes(b"")
+    run(words, until="finetune", tasks=["a"])
+    assert not left.parent.exists()
+
+
 @pytest.mark.parametrize("lost", ["a.safetensors", "a.json", "README.md"])
 def test_a_reused_expert_stays_whole_when_the_run_is_killed(
     lost: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,8 @@ FAULTS = [
     *("locale tr_TR.UTF-8", "locale C, ASCII", "files of the year 1970", "files of the year 2100"),
 ]
 RUN = "kill -9, run"
+COMMANDS = ["merge, overwrite", "convert, overwrite", "run"]
+EACH = [f"each change, {name}" for name in COMMANDS]  # drawn from those of each command
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +28,14 @@ def table() -> dict[str, list[str]]:
     """The rows of the script by their faults: rounds, strikes, seconds, what came out."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPTS / "faults.py"), "--rounds", "5", "--runs", "1", "--seed", "1"]
+    command += ["--points", "4", "--commands", *COMMANDS]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    rows = {line[:22].rstrip(): line[22:].split(maxsplit=3) for line in done.stdout.splitlines()[1:]}
+    rows = {line[:32].rstrip(): line[32:].split(maxsplit=3) for line in done.stdout.splitlines()[1:]}
     assert (done.returncode != 0) == any(row[3].startswith("WRONG") for row in rows.values()), done.stderr
     return rows
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, RUN])
+@pytest.mark.parametrize("fault", [*FAULTS, RUN, *EACH])
 def test_a_fault_leaves_the_same_bytes(fault: str, table: dict[str, list[str]]) -> None:
     if table[fault][3].startswith("skipped"):
         pytest.skip(table[fault][3])
@@ -40,9 +43,10 @@ def test_a_fault_leaves_the_same_bytes(fault: str, table: dict[str, list[str]]) 
 
 
 def test_the_faults_struck(table: dict[str, list[str]]) -> None:
-    assert list(table) == [*FAULTS, RUN]
+    assert list(table) == [*FAULTS, RUN, *EACH]
     assert table[RUN][0] == "1"
     assert int(table[RUN][1]) >= 1
+    assert all(table[fault][:2] == ["4", "4"] for fault in EACH)
     assert sum(int(table[fault][0]) for fault in FAULTS[:4]) == 5
     assert sum(int(table[fault][1]) for fault in FAULTS[:4]) >= 1
     for fault in FAULTS[4:]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,10 @@ from orthoft.delta import Dense, LowRank
 from orthoft.merging.files.safetensors_file import content_hash
 from orthoft.merging.files.streaming import IN_FLIGHT, PIECE, Piece, pieces_of, stream
 from orthoft.merging.files.tensors import DTYPES, TensorFolder
-from orthoft.merging.files.writer import SafetensorsFile, new_folder, parse_size, put_in_place, sharded, write_index
+from orthoft.merging.files.writer import SafetensorsFile, parse_size, put_in_place, sharded, write_index
 from orthoft.merging.outputs.checkpoint import add_rounded
+from orthoft.merging.ranks import Ranks
+from orthoft.merging.resume.partial import new_file, partial_folder
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
@@ -95,6 +99,12 @@ def test_a_wrong_size_is_told(size: int | str) -> None:
         parse_size(size)
 
 
+@contextmanager
+def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    with partial_folder(out, overwrite, resume=False, ranks=Ranks()) as partial:
+        yield partial.folder
+
+
 def write_and_fail(file: Path, kind: type[BaseException]) -> None:
     file.write_text("2")
     raise kind
@@ -120,6 +130,23 @@ def test_a_new_folder_is_all_or_nothing(tmp_path: Path) -> None:
     assert os.listdir(out.parent) == ["out"]
 
 
+def test_a_new_file_is_all_or_nothing(tmp_path: Path) -> None:
+    out, partial = tmp_path / "deep" / "out.bin", tmp_path / "deep" / ".out.bin.partial"
+    for text in ("1", "2"):  # the second replaces what is there, and what a killed process left
+        with new_file(out) as file:
+            file.write_text(text)
+            assert not out.exists() or out.read_text() == "1"
+            with pytest.raises(FileExistsError, match="is writing"), new_file(out):
+                pass
+        assert out.read_text() == text
+        assert os.listdir(out.parent) == ["out.bin"]
+        partial.write_text("half of")
+    with pytest.raises(KeyboardInterrupt), new_file(out) as file:
+        write_and_fail(file, KeyboardInterrupt)
+    assert os.listdir(out.parent) == ["out.bin"]
+    assert out.read_text() == "2"
+
+
 def test_a_failed_rename_brings_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -127,7 +154,7 @@ def test_a_failed_rename_brings_the_old_folder_back(tmp_path: Path, monkeypatch:
     rename = Path.rename
 
     def fail_on_new(self: Path, target: Path) -> Path:
-        if ".partial-" in self.name:
+        if ".partial" in self.name:
             raise OSError("no")
         return rename(self, target)
 

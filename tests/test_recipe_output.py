@@ -240,6 +240,13 @@ def test_an_output_in_a_folder_that_cannot_be_written_is_locked_inside(
     assert not [path for folder in (tmp_path, out) for path in folder.glob(".*.lock")]
 
 
+def test_a_run_that_was_killed_before_it_wrote_its_recipe_is_begun_anew(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".recipe.yaml.partial").write_text("half of")
+    with output_opened(words(made, tmp_path), tmp_path / "out", "no", None, lambda line: None):
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["recipe.yaml"]
+
+
 def test_a_folder_of_something_else_stays(made: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "letter.txt").write_text("dear")

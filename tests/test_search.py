@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -229,6 +230,18 @@ def test_a_seed_gives_the_same_trials_broken_off_or_not(
     other = search(copied, rows=48, seed=1, overwrite=True, **FEW)
     assert told(other)[:3] == told(found)[:3]  # the defaults
     assert told(other)[3:] != told(found)[3:]
+
+
+def test_a_search_whose_last_line_was_cut_off_goes_on(copied: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    few: Words = {"methods": ["mean", "ties"], "rows": 8}
+    want = told(search(copied, trials=3, **few))
+    journal = Path(copied["output"], "search", "search.journal")
+    whole = journal.read_bytes()
+    monkeypatch.setattr(os, "symlink", lambda *_: pytest.fail("Optuna's lock would outlive a process that is killed"))
+    for cut in (len(whole) // 2, len(whole) - 3, 1):
+        journal.write_bytes(whole[:cut])
+        assert told(search(copied, trials=3, **few)) == want
+        assert all(json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines())
 
 
 def test_a_search_of_something_else_is_refused(copied: Words, monkeypatch: pytest.MonkeyPatch) -> None:

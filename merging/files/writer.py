@@ -6,8 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from glob import escape
@@ -24,11 +23,11 @@ __all__ = [
     "SafetensorsFile",
     "Shard",
     "carry_over",
-    "new_folder",
     "parse_size",
     "put_in_place",
     "refuse_existing",
     "sharded",
+    "sync_file",
     "write_index",
     "write_json",
     "write_text",
@@ -55,27 +54,6 @@ class Shard:
     def nbytes(self) -> int:
         """The number of bytes of its tensors."""
         return sum(dtype.itemsize * prod(shape) for _, dtype, shape in self.tensors)
-
-
-@contextmanager
-def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Give a temporary folder beside ``out`` which becomes ``out`` if the block succeeds, and is removed if it fails.
-
-    An old ``out`` is replaced only after success.
-
-    Raises:
-        FileExistsError: ``out`` exists and may not be overwritten.
-    """
-    refuse_existing(out, overwrite)
-    make_parent(out)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
-        yield partial
-        refuse_existing(out, overwrite)  # it may have come into being in the meantime
-        put_in_place(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:
@@ -194,9 +172,14 @@ def _replace(new: Path, out: Path) -> None:
 def _sync(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync_file(path)
     _sync_folder(folder)
+
+
+def sync_file(file: Path) -> None:
+    """Wait until the bytes of a file are on the disk."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

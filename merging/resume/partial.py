@@ -1,4 +1,4 @@
-"""The folder that an output grows in, until it is whole and takes the output's place."""
+"""The folder or file that an output grows in, until it is whole and takes the output's place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from orthoft.merging.files.writer import make_parent, put_in_place, refuse_existing
+from orthoft.merging.files.writer import make_parent, put_in_place, refuse_existing, sync_file
 from orthoft.merging.ranks import Ranks
 from orthoft.merging.resume.journal import Journal
 from orthoft.merging.resume.lock import locked
@@ -72,6 +72,26 @@ def partial_folder(out: Path, overwrite: bool, resume: bool, ranks: Ranks) -> It
             if ranks.first and not _worth_keeping(folder, error):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+@contextmanager
+def new_file(out: Path) -> Iterator[Path]:
+    """Give the path ``.<out>.partial`` beside ``out``, which becomes ``out`` on success and is removed on failure.
+
+    What a process that was killed left there is overwritten, so that nothing piles up.
+
+    Raises:
+        FileExistsError: another process is writing it.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    make_parent(out)
+    with locked(out):
+        try:
+            yield partial
+            sync_file(partial)
+            partial.replace(out)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager

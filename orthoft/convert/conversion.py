@@ -16,9 +16,11 @@ from orthoft.convert.card import conversion_card
 from orthoft.errors import unknown
 from orthoft.merging.files.hub import base_of, find_folder
 from orthoft.merging.files.tensors import TensorFolder
-from orthoft.merging.files.writer import new_folder, refuse_existing, write_json, write_text
+from orthoft.merging.files.writer import refuse_existing, write_json, write_text
 from orthoft.merging.prepared import refuse_what_is_read
+from orthoft.merging.ranks import Ranks
 from orthoft.merging.reports.card import CARD
+from orthoft.merging.resume.partial import partial_folder
 from orthoft.merging.sources.adapter import AdapterSource
 from orthoft.merging.sources.names import EMBEDDING
 
@@ -75,9 +77,10 @@ class Conversion:
         """Write the folder of the adapter, with a model card; it appears only when it is complete.
 
         Raises:
-            FileExistsError: ``out`` exists and may not be overwritten.
+            FileExistsError: ``out`` exists and may not be overwritten, or another process is writing it.
         """
-        with new_folder(Path(out), overwrite) as folder:
+        with partial_folder(Path(out), overwrite, resume=False, ranks=Ranks()) as partial:
+            folder = partial.folder
             write_json(folder / "adapter_config.json", self.config)
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
             save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from orthoft.merging.files.writer import make_parent
 from orthoft.merging.outputs.registry import rounded
+from orthoft.merging.resume.partial import new_file
 
 Dtype = Literal["f32", "f16", "bf16", "q8_0"]
 DTYPES = ("f32", "f16", "bf16", "q8_0")
@@ -51,7 +50,8 @@ def write(out: Path, architecture: str, fill: Callable[[Any], None], tensors: Se
     """
     from gguf import GGMLQuantizationType, GGUFWriter
 
-    with _new_file(out, overwrite) as partial:
+    refuse_existing_file(out, overwrite)
+    with new_file(out) as partial:
         writer = GGUFWriter(None, architecture)
         fill(writer)
         for told in tensors:
@@ -92,19 +92,6 @@ def _uint8() -> Any:
     import numpy as np
 
     return np.dtype(np.uint8)
-
-
-@contextmanager
-def _new_file(out: Path, overwrite: bool) -> Iterator[Path]:
-    refuse_existing_file(out, overwrite)
-    make_parent(out)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        yield partial
-        partial.replace(out)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def refuse_existing_file(out: str | Path, overwrite: bool) -> None:
