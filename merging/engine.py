@@ -15,6 +15,7 @@ from torch import Tensor
 
 from orthoft.delta import Delta
 from orthoft.merging.deltas import is_small, load_delta, merged_delta, model_scale, save_delta, scaled_entry
+from orthoft.merging.files.hub import asked_once
 from orthoft.merging.files.tensors import as_matrix
 from orthoft.merging.files.writer import Shard, write_text
 from orthoft.merging.outputs import Options, Output
@@ -34,6 +35,7 @@ from orthoft.merging.wish import Overrides
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+@asked_once()
 def merge(
     base: PathLike,
     sources: Sources,
@@ -73,8 +75,10 @@ def merge(
     from there. Started by ``torchrun`` or ``accelerate launch``, the processes share the files of the output.
 
     Args:
-        base: the base model: a folder with ``model.safetensors`` (or shards and an index), or a Hub id.
-        sources: folders or Hub ids, or (name, folder) pairs: adapters and fully fine-tuned checkpoints, mixed freely.
+        base: the base model: a folder with ``model.safetensors`` (or shards and an index), or a place on the Hub:
+            ``org/name``, ``org/name@state`` (a branch, tag or commit), ``org/name@state/folder``.
+        sources: folders or places on the Hub, or (name, place) pairs: adapters and fully fine-tuned checkpoints, mixed
+            freely.
         statistics: by source name, the file of its statistics, for methods that use numbers from data.
         output: "checkpoint"; "lora", an adapter that plain PEFT loads; "rotation", an OFTv2 adapter again, of sources
             that are block rotations; or "delta", the merged change, to merge more tasks into later.

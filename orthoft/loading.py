@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from orthoft.hub_place import load_arguments
+
 # By the end of the name of an architecture; the first that fits.
 AUTO = {
     "ForCausalLM": "AutoModelForCausalLM",
@@ -62,9 +64,12 @@ def words_to_load(auto: str, where: str, remote_code: bool = False) -> str:
 
 
 def words_to_adapt(auto: str, base: str, where: str, ours: bool) -> str:
-    """Return the Python that loads an adapter on its base; ``ours``: PEFT learns the method from orthoft."""
+    """Return the Python that loads an adapter on its base, a folder or a place on the Hub.
+
+    ``ours``: PEFT learns the method from orthoft.
+    """
     learn = "import orthoft  # teaches PEFT the method\n" if ours else ""
     return (
         f"{learn}from peft import PeftModel\nfrom transformers import {auto}\n\n"
-        f'base = {auto}.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, "{where}")'
+        f'base = {auto}.from_pretrained({load_arguments(base)})\nmodel = PeftModel.from_pretrained(base, "{where}")'
     )

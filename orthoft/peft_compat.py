@@ -16,6 +16,7 @@ from peft.utils import PeftType, register_peft_method
 from safetensors import safe_open
 
 from orthoft.citations import citation_section, cited_in
+from orthoft.hub_place import named_in
 from orthoft.loading import LEARNT_FROM_US, TASK_TYPES, WITHOUT_US, auto_class, words_to_adapt
 
 
@@ -73,7 +74,7 @@ def about_adapter(folder: Path, where: str = "this-folder") -> list[str]:
     ``where`` is how a reader of the card calls the folder.
     """
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    kind, base = config["peft_type"], config.get("base_model_name_or_path") or "BASE"
+    kind, base = config["peft_type"], named_in(config) or "BASE"
     method = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
     return [
         "## This adapter",

@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from orthoft.hub_place import hub_place
 from orthoft.recipes.data_schema import Data, Split
 
 Row = dict[str, Any]
@@ -111,6 +112,13 @@ def _datasets() -> Any:
     return datasets
 
 
+def _split_of(dataset: str, subset: str | None, split: str) -> Any:
+    """Return a split of a dataset by name, in the state that stands behind an @ in it."""
+    place = hub_place(dataset)
+    name, revision = (dataset, None) if place is None else (place.repository, place.revision)
+    return _datasets().load_dataset(name, subset, split=split, revision=revision)
+
+
 def named(table: Any) -> list[Row]:
     """Return the rows of a `datasets` table with the names of classes for their numbers, and None for -1, no class."""
     inner = {column: getattr(feature, "feature", feature) for column, feature in table.features.items()}
@@ -141,10 +149,7 @@ def read_splits(data: Data, seed: int, check: Callable[[Row, Split, str], None])
     for split, name in names.items():
         if name is None:
             continue
-        if data.dataset is None:
-            found = read_file(Path(name))
-        else:
-            found = named(_datasets().load_dataset(data.dataset, data.subset, split=name))
+        found = read_file(Path(name)) if data.dataset is None else named(_split_of(data.dataset, data.subset, name))
         if not found:
             raise ValueError(f"{name}: no rows")
         rows[split] = list(enumerate(found, 1))

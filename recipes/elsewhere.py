@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +28,11 @@ def folder_of(task: Task) -> Path:
         FileNotFoundError: it is not there, or no adapter in safetensors.
     """
     assert task.expert is not None
-    here = Path(task.expert).expanduser()
-    folder = here if here.is_dir() else _downloaded(task.expert)
+    folder = find_folder(task.expert, "expert")
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}: an expert is an adapter (merge.sources takes checkpoints)")
     TensorFolder(folder, WEIGHTS)  # says what is wrong with its file
     return folder
-
-
-@cache
-def _downloaded(name: str) -> Path:
-    """Return the folder of a Hub id, which a run asks for once."""
-    return find_folder(name, "expert")
 
 
 def files_of_expert(folder: Path) -> list[Path]:

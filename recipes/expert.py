@@ -18,11 +18,13 @@ from accelerate import PartialState
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from orthoft.merging.files.tensors import TensorFolder
+from orthoft.hub_place import config_fields, named_in, public_name
+from orthoft.merging.files.tensors import TensorFolder, read_json
+from orthoft.merging.files.writer import write_json
 from orthoft.merging.reports.card import CARD
 from orthoft.merging.statistics import KINDS
 from orthoft.recipes.data import read_file
-from orthoft.recipes.elsewhere import WEIGHTS, config_in, files_of_expert, folder_of, head_in
+from orthoft.recipes.elsewhere import CONFIG, WEIGHTS, config_in, files_of_expert, folder_of, head_in
 from orthoft.recipes.head import Head
 from orthoft.recipes.kinds import Kind, TaskData, kind_of
 from orthoft.recipes.layout import FINISHED, STATISTICS, expert_folder, head_file, statistics_of
@@ -151,8 +153,10 @@ def forget(folder: Path) -> None:
         statistics_of(folder.parents[1] / STATISTICS, folder.name, kind).unlink(missing_ok=True)
 
 
-def save(model: peft.PeftModel, folder: Path, told: dict[str, Any]) -> None:
+def save(model: peft.PeftModel, base: str, folder: Path, told: dict[str, Any]) -> None:
     """Write the adapter as PEFT does and ``expert.json`` beside it; the folder appears when it is complete.
+
+    Its config names the base as others can find it, where PEFT's names the folder that it was downloaded to.
 
     Every process calls it, and the first one writes: where FSDP2 keeps a part of each weight they are gathered before.
     """
@@ -163,9 +167,10 @@ def save(model: peft.PeftModel, folder: Path, told: dict[str, Any]) -> None:
         return
     with _appearing(folder, told) as partial:
         model.save_pretrained(str(partial), state_dict=state)
+        _name_base(partial, base)
 
 
-def take(ready: Ready, base: Path, folder: Path) -> None:
+def take(ready: Ready, recipe: Recipe, base: Path, folder: Path) -> None:
     """Copy a task's expert from elsewhere, and the head that came with it, as if they had been trained here."""
     task, source = ready.task, folder_of(ready.task)
     config, tensors = config_in(source, task.kind), TensorFolder(source, WEIGHTS)
@@ -173,7 +178,7 @@ def take(ready: Ready, base: Path, folder: Path) -> None:
         "task": task.name,
         "taken_from": str(task.expert),
         "own_card": (source / CARD).is_file(),
-        "base": config.base_model_name_or_path,
+        "base": named_in(vars(config)),
         "adapter": {"type": str(getattr(config.peft_type, "value", config.peft_type)).lower()},
         "parameters": sum(math.prod(tensors.shape(name)) for name in tensors),
         "fingerprint": ready.mark,
@@ -186,8 +191,12 @@ def take(ready: Ready, base: Path, folder: Path) -> None:
         for file in (source / CARD, *source.glob(f"{WEIGHTS}*.safetensors*")):
             if file.is_file():
                 shutil.copyfile(file, partial / file.name)
-        config.base_model_name_or_path = str(base)
         config.save_pretrained(str(partial))
+        _name_base(partial, public_name(recipe.base, base))
+
+
+def _name_base(folder: Path, base: str) -> None:
+    write_json(folder / CONFIG, {**read_json(folder / CONFIG), **config_fields(base)})
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import release_memory
 from torch import Tensor
 
+from orthoft.hub_place import same_repository
 from orthoft.merging.resume.lock import locked
 from orthoft.recipes.cards import write_expert
 from orthoft.recipes.data import SPLITS
@@ -93,13 +94,14 @@ class Experts:
     def _taken(self, ready: Ready, folder: Path) -> dict[str, Any]:
         """Take a task's expert from elsewhere and return what is known of it."""
         if PartialState().is_main_process:
-            take(ready, self.base, folder)
+            take(ready, self.recipe, self.base, folder)
         PartialState().wait_for_everyone()
         known = finished(folder, ready.mark)
         assert known is not None
         self.say(f"  {known['adapter']['type']}, {known['parameters']:,} parameters, taken from {ready.task.expert}")
-        if known["base"] not in (None, self.recipe.base, str(self.base)):
-            self.say(f"  its config names another base, {known['base']}; its tensors fit this one")
+        named = known["base"]
+        if named not in (None, self.recipe.base, str(self.base)) and not same_repository(named, self.recipe.base):
+            self.say(f"  its config names another base, {named}; its tensors fit this one")
         return known
 
     def choose_subspaces(self) -> None:

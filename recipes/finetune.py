@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 
+from orthoft.hub_place import public_name
 from orthoft.recipes.checkpoints import Checkpoints, Say, last_checkpoint, open_checkpoints
 from orthoft.recipes.devices import in_parts, on_cpu, placed, roomy, with_deepspeed
 from orthoft.recipes.early_stopping import KeepBest
@@ -165,7 +166,7 @@ def train(
     learnt = ready.kind.learnt(trainer.model, ready.head)
     if learnt is not None and trainer.is_world_process_zero():
         learnt.save(head_file(folder))  # before the expert, which says that all is there
-    save(model, folder, told)
+    save(model, public_name(recipe.base, base), folder, told)
     if trainer.is_world_process_zero():
         shutil.rmtree(checkpoints, ignore_errors=True)
     PartialState().wait_for_everyone()

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from orthoft.hub_place import hub_place
 from orthoft.recipes.schema import Recipe
 from orthoft.recipes.strict import shown
 
@@ -235,8 +236,7 @@ def missing_files(recipe: Recipe) -> list[str]:
 
 
 def _is_path(model: str) -> bool:
-    """Say whether a model counts as a folder: it is written as a path (``./x``, ``/x``, ``~/x``, more than one slash).
-
-    Anything else may be a name on the Hub.
+    """Say whether a model counts as a folder: it is there, or it is written as no place on the Hub is (``./x``, ``/x``,
+    ``~/x``, more than one slash without a state).
     """
-    return model.startswith((".", "/", "~")) or model.count("/") > 1
+    return hub_place(model) is None

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import nn
 
-from orthoft.merging.files.hub import find_folder
+from orthoft.merging.files.hub import asked_once, find_folder
 from orthoft.merging.statistics import STATISTICS_OF, metadata_in
 from orthoft.recipes.devices import merge_device
 from orthoft.recipes.expert import Ready, read_experts
@@ -29,6 +29,7 @@ from orthoft.recipes.whole import write_whole_text
 METHOD: dict[str, str] = {"fisher": "fisher", "gram": "regmean", "second_moment": "ota"}  # unless the recipe's takes it
 
 
+@asked_once()
 def measure_experts(
     recipe: Recipe, kind: str, files: Mapping[str, Path], folder: Path, wanted: Measured, say: Callable[[str], None]
 ) -> Path:

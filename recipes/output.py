@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,9 @@ def output_opened(
     with tasks_locked(out, [task.name for task in recipe.tasks] if tasks is None else tasks):
         _refuse(recipe, out, again)
         out.mkdir(parents=True, exist_ok=True)
+        for left in (out / STATISTICS).glob(f".*{LOCK}"):  # of a file that was whole when its process was killed
+            with suppress(FileExistsError), locked(left, left):
+                pass
         replaced = [] if again == "no" else _replaced(out, again, tasks)
         old = [path for name in outdated for path in _of_expert(out, name)]
         waiting = _set_aside(out, [*replaced, *(path for path in old if path.exists())])

@@ -17,8 +17,9 @@ from accelerate import PartialState
 from accelerate.utils import release_memory
 
 from orthoft.errors import unknown
+from orthoft.hub_place import public_name
 from orthoft.merging import MergeReport, merge
-from orthoft.merging.files.hub import find_folder
+from orthoft.merging.files.hub import asked_once, find_folder
 from orthoft.merging.statistics import STATISTICS_OF
 from orthoft.recipes.cards import write_cards
 from orthoft.recipes.devices import merge_device, roomy
@@ -45,6 +46,7 @@ from orthoft.recipes.whole import write_whole_json
 Say = Callable[[str], None]
 
 
+@asked_once()
 def run_recipe(
     recipe: Recipe, *, until: str | None, tasks: Sequence[str] | None, again: Again, say: Say
 ) -> dict[str, Any]:
@@ -170,7 +172,7 @@ class Run:
 
     def _merged(self, row: str, folder: Path, words: Mapping[str, Any], **output: Any) -> MergeReport:
         report = merge(
-            self.base,
+            public_name(self.recipe.base, self.base),
             sources_of(self.recipe),
             folder,
             statistics=files_of(self.recipe, STATISTICS_OF.get(words["method"])),

@@ -84,7 +84,7 @@ class Measured(Strict):
 
 
 class Source(Strict):
-    """One fine-tuned model: a folder or a Hub id, how much it counts, and the file of its statistics."""
+    """One fine-tuned model: its folder or place on the Hub, how much it counts, and the file of its statistics."""
 
     path: PathText
     name: str | None = None

@@ -16,7 +16,7 @@ import yaml
 from accelerate import PartialState
 
 from orthoft.delta import Delta
-from orthoft.merging.files.hub import find_folder
+from orthoft.merging.files.hub import asked_once, find_folder
 from orthoft.merging.statistics import STATISTICS_OF
 from orthoft.recipes.data_schema import Split
 from orthoft.recipes.devices import roomy
@@ -254,6 +254,7 @@ def searched(
         return under_way.finish()
 
 
+@asked_once()
 def search_experts(recipe: Recipe, words: MergeSearch, overwrite: bool, say: Say) -> Found:
     """Search for the experts of a recipe that are there, as `orthoft.recipes.search.search` says."""
     optuna_module()

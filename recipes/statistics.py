@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from orthoft.errors import unknown
+from orthoft.merging.files.safetensors_file import SafetensorsFile
 from orthoft.merging.resume.partial import new_file
 from orthoft.merging.statistics import statistics_file
 from orthoft.recipes.base_weights import adapters_merged, base_parameters, linear_layers
@@ -270,8 +270,9 @@ def _save(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str]) -
         raise ValueError(
             f"there are no {metadata['kind']} statistics of any of the base's weights: none of them was used"
         )
-    with new_file(file) as partial:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    with new_file(file) as partial, SafetensorsFile(partial, tensors, metadata) as opened:
+        for name in sorted(tensors):
+            opened.write(name, tensors[name])
     return file
 
 

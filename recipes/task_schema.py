@@ -101,8 +101,8 @@ class EarlyStopping(Strict):
 class TaskBase(Strict):
     """What every task says: data, adapter, and training in the words of transformers' ``TrainingArguments``.
 
-    ``expert`` is an adapter that was trained elsewhere, a folder or a Hub id: it is taken as it is, and ``adapter``,
-    ``training`` and ``early_stopping`` (as they stand in ``defaults``, say) are not looked at.
+    ``expert`` is an adapter that was trained elsewhere, a folder or a place on the Hub: it is taken as it is, and
+    ``adapter``, ``training`` and ``early_stopping`` (as they stand in ``defaults``, say) are not looked at.
     ``auto`` names the transformers class that loads the base. Each kind has a ``metric``, by which gains are counted.
     """
 

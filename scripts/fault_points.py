@@ -53,17 +53,23 @@ class Command:
         done(self.words, lambda: strike(0, self.out.parent, told))
         return found(self.out), len(told.read_text(encoding="utf-8").splitlines())
 
-    def killed(self, at: int, want: dict[str, Any]) -> tuple[bool, list[str]]:
-        """Let it kill itself before a change and run it again; return whether it did, and what differs."""
+    def killed(self, strikes: Sequence[int], want: dict[str, Any]) -> tuple[int, list[str]]:
+        """Let it kill itself before these changes, a run each, and run it again; return how often it did, what differs.
+
+        What goes on from a kill makes fewer changes, so that a later strike may come too late.
+        """
         self.prepare()
-        code, _ = ended(start_forked(self.words, lambda: strike(at, self.out.parent)))
-        again, lines = ended(start_forked(self.words))
-        if again and not (STANDS in lines[-1] or FINISHED in lines[-1]):
-            return code == -signal.SIGKILL, [f"change {at}: {failure(again, lines)}"]
+        place, struck = f"change {' and then '.join(map(str, strikes))}", 0
+        for at in strikes:
+            code, _ = ended(start_forked(self.words, lambda at=at: strike(at, self.out.parent)))
+            struck += code == -signal.SIGKILL
+        code, lines = ended(start_forked(self.words))
+        if code and not (STANDS in lines[-1] or FINISHED in lines[-1]):
+            return struck, [f"{place}: {failure(code, lines)}"]
         left = found(self.out)
-        if again:  # it was whole when it was killed, and who is refused takes no lock
+        if code:  # it was whole when it was killed, and who is refused takes no lock
             left = {name: told for name, told in left.items() if not name.endswith(".lock")}
-        return code == -signal.SIGKILL, [f"change {at}: {wrong}" for wrong in differences(left, want)]
+        return struck, [f"{place}: {wrong}" for wrong in differences(left, want)]
 
 
 def commands(root: Path, world: World, runs: Runs) -> list[Command]:

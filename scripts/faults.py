@@ -174,7 +174,10 @@ class Faults:
         return row
 
     def killed_everywhere(self, points: int | None, names: Sequence[str], runs: Runs) -> Iterator[Row]:
-        """Let each command kill itself before its changes of the file system, all or so many, and run it again."""
+        """Let each command kill itself before changes of the file system, all or so many, and run it again.
+
+        Every other time what goes on is killed, too, at some change.
+        """
         known = {command.name: command for command in commands(self.world.root / "points", self.world, runs)}
         if unknown := set(names) - known.keys():
             raise SystemExit(f"no such command: {', '.join(sorted(unknown))}; there are {'; '.join(known)}")
@@ -183,8 +186,9 @@ class Faults:
             at = range(1, changes + 1)
             chosen = at if points is None else sorted(self.draw.sample(at, min(points, changes)))
             row = Row(f"each change, {command.name}", len(chosen))
-            for one in chosen:
-                struck, wrong = command.killed(one, want)
+            for i, one in enumerate(chosen):
+                again = [self.draw.randint(1, changes)] if i % 2 else []
+                struck, wrong = command.killed([one, *again], want)
                 row.struck += struck
                 row.wrong += wrong
             yield row

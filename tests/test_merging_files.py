@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 
 import orthoft.merging
 from orthoft.merging import plan
-from orthoft.merging.files.hub import find_folder
 from orthoft.merging.files.tensors import TensorFolder, as_matrix, matrix_shape
 
 
@@ -97,24 +96,6 @@ def test_other_formats_are_pointed_out(tmp_path: Path) -> None:
         TensorFolder(tmp_path)
 
 
-def test_a_model_is_a_folder_or_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_folder(str(tmp_path), "base") == tmp_path
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda where, allow_patterns: str(tmp_path / where))
-    assert find_folder("org/model", "base") == tmp_path / "org" / "model"
-
-    def offline(where: str, allow_patterns: list[str]) -> str:
-        raise OSError("cannot reach the Hub\nlong explanation")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(FileNotFoundError) as caught:
-        find_folder("org/model", "source 'a'")
-    missing = f"source 'a': no folder {Path.cwd() / 'org/model'}, and "
-    assert str(caught.value) == missing + "the Hub gave no repository 'org/model' (cannot reach the Hub)"
-    for where in ("./gone", "/gone/away", tmp_path / "gone"):
-        with pytest.raises(FileNotFoundError, match=r"^base: no folder "):
-            find_folder(where, "base")
-
-
 def test_a_link_to_a_shard_is_followed(tmp_path: Path) -> None:
     """The Hub's cache holds links to blobs outside of the folder."""
     (tmp_path / "blobs").mkdir()
@@ -146,6 +127,7 @@ def test_merging_reads_files_by_itself() -> None:
         "orthoft.errors",
         "orthoft.experts",
         "orthoft.givens",
+        "orthoft.hub_place",
         "orthoft.linalg",
         "orthoft.loading",
         "orthoft.reflections",

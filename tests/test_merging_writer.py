@@ -130,6 +130,19 @@ def test_a_new_folder_is_all_or_nothing(tmp_path: Path) -> None:
     assert os.listdir(out.parent) == ["out"]
 
 
+def test_metadata_keeps_its_order(tmp_path: Path) -> None:
+    """The same numbers are to be the same bytes; the safetensors library draws an order."""
+    metadata = {name * 30: name for name in "hgfedcba"}
+    with SafetensorsFile(tmp_path / "x.safetensors", ["x"], metadata) as file:
+        file.write("x", torch.ones(2))
+    content = (tmp_path / "x.safetensors").read_bytes()
+    header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
+    assert list(header["__metadata__"].items()) == list(metadata.items())
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as opened:
+        assert opened.metadata() == metadata
+        assert opened.get_tensor("x").equal(torch.ones(2))
+
+
 def test_a_new_file_is_all_or_nothing(tmp_path: Path) -> None:
     out, partial = tmp_path / "deep" / "out.bin", tmp_path / "deep" / ".out.bin.partial"
     for text in ("1", "2"):  # the second replaces what is there, and what a killed process left

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from orthoft.merging.files.header import DTYPES
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK = 1 << 22  # bytes that are read at once
+FORMAT = {"format": "pt"}  # the metadata that transformers and PEFT ask for
 FLUSH = 1 << 26  # bytes that are sent on to the disk while the next ones are made
 
 
@@ -27,14 +28,16 @@ class SafetensorsFile:
 
     Layout: length of the header as 8 bytes little-endian, the header as JSON padded with spaces to a multiple of 8, the
     tensors without gaps. ``names`` are those that will be written; alignment is kept if larger dtypes come first.
+    ``metadata`` stands in the header in its own order, where the safetensors library draws one.
     ``digest`` is the `content_hash` of the file once it is closed.
     """
 
     digest: str
 
-    def __init__(self, file: Path, names: Iterable[str]) -> None:
-        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        room = 64 + sum(len(json.dumps(name)) + 512 for name in names)  # dtype, 16 sizes and offsets fit 512 characters
+    def __init__(self, file: Path, names: Iterable[str], metadata: Mapping[str, str] = FORMAT) -> None:
+        self._header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        room = 64 + len(json.dumps(self._header))
+        room += sum(len(json.dumps(name)) + 512 for name in names)  # dtype, 16 sizes and offsets fit 512 characters
         self._room = -(-room // 8) * 8
         self._file: BinaryIO = file.open("wb")
         self._file.seek(8 + self._room)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-from orthoft.merging.files.hub import FILES, HUB_ID
+from orthoft.hub_place import REPOSITORY, hub_place
+from orthoft.merging.files.hub import FILES
 from orthoft.merging.files.tensors import read_json
 
 # What others need of a model: weights, configuration, tokenizer, the card and the pages of a merge.
@@ -61,7 +62,7 @@ def push_to_hub(
     """
     place = Path(folder).expanduser()
     files = _files(place)
-    if not HUB_ID.fullmatch(repo_id):
+    if not REPOSITORY.fullmatch(repo_id):
         raise ValueError(f"a repository of the Hub is called name or owner/name, got {repo_id!r}")
     told = Push(repo_id, files, notes=_notes(place))
     if dry_run:
@@ -93,7 +94,7 @@ def _notes(folder: Path) -> list[str]:
     """Say what others could not load: an adapter whose base is a folder here."""
     config = folder / "adapter_config.json"
     base = str(read_json(config).get("base_model_name_or_path") or "") if config.is_file() else ""
-    if base and (Path(base).expanduser().exists() or not HUB_ID.fullmatch(base)):
+    if base and hub_place(base) is None:
         return [f"adapter_config.json names the base {base!r}, a folder here: others need its name on the Hub there"]
     return []
 

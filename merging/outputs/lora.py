@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from orthoft.delta import Delta, LowRank
+from orthoft.hub_place import config_fields
 from orthoft.merging.files.safetensors_file import SafetensorsFile
 from orthoft.merging.files.writer import write_json
 from orthoft.merging.outputs.modules import adapted, module_names
@@ -92,7 +93,7 @@ class LoraOutput(Output):
         config = lora_config(
             ranks,
             parameters={modules[name] for name in self._parameters if name in modules},
-            base_model_name_or_path=self.options.base,
+            **config_fields(self.options.base),
             task_type=tasks.pop() if len(tasks) == 1 else None,
             fan_in_fan_out=any(flipped.values()),
         )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from orthoft.delta import Delta, Rotated, Transposed
+from orthoft.hub_place import config_fields
 from orthoft.merging.files.safetensors_file import SafetensorsFile
 from orthoft.merging.files.writer import write_json
 from orthoft.merging.formats.registry import block_size
@@ -101,7 +102,7 @@ class RotationOutput(Output):
         tasks = {source.config["task_type"] for source in self.plan.sources if source.config.get("task_type")}
         return {
             "peft_type": "ORTHOFT_OFTV2",
-            "base_model_name_or_path": self.options.base,
+            **config_fields(self.options.base),
             "task_type": tasks.pop() if len(tasks) == 1 else None,
             "inference_mode": True,
             "block_size": usual,

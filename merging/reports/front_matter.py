@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from orthoft.merging.files.hub import HUB_ID
+from orthoft.hub_place import hub_place
 
 Relation = Literal["adapter", "merge", "finetune", "quantized"]
 
@@ -28,11 +27,6 @@ class Scored:
         return {"task": {"type": self.kind}, "dataset": {"name": self.task, "type": self.task}, "metrics": metrics}
 
 
-def on_the_hub(model: str) -> bool:
-    """Say whether a model may be a repository of the Hub, and is no folder here."""
-    return HUB_ID.fullmatch(model) is not None and not Path(model).expanduser().exists()
-
-
 def front_matter(
     *,
     base: str,
@@ -48,9 +42,10 @@ def front_matter(
     A base that is a folder here is left out: the Hub takes repositories only. So is the licence, which is the base's
     and the data's, and is for people to say.
     """
+    place = hub_place(base)
     index = [{"name": name, "results": [one.entry() for one in results]}]
     front: dict[str, Any] = {
-        **({"base_model": base, "base_model_relation": relation} if on_the_hub(base) else {}),
+        **({"base_model": place.repository, "base_model_relation": relation} if place else {}),
         "library_name": library,
         **({"pipeline_tag": pipeline} if pipeline else {}),
         "tags": list(tags),

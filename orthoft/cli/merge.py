@@ -37,9 +37,15 @@ class Rescale(StrEnum):
 def merge(
     out: Output,
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file with these options.")] = None,
-    base: Annotated[str | None, typer.Option(metavar="MODEL", help="The base: a folder, or a name on the Hub.")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The base: a folder, or org/name[@state] on the Hub.")
+    ] = None,
     source: Annotated[
-        list[str] | None, typer.Option(metavar="[NAME=]PATH[:WEIGHT]", help="An adapter or a checkpoint; repeat it.")
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]PATH[:WEIGHT]",
+            help="An adapter or a checkpoint, a folder or org/name[@state[/folder]] on the Hub; repeat it.",
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
     method: Annotated[str | None, typer.Option(help="One of those that `orthoft methods` lists.")] = None,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orthoft.citations import citation_section
+from orthoft.hub_place import named_in
 from orthoft.loading import PIPELINES, TASK_TYPES, auto_class, words_to_adapt
 from orthoft.merging.formats import READERS
 from orthoft.merging.reports.card import adapter_papers, base_config
@@ -14,7 +15,7 @@ from orthoft.merging.reports.front_matter import front_matter
 
 def conversion_card(config: Mapping[str, Any], layers: int, error: float, worst: float) -> str:
     """Return the README.md of a converted adapter: what it is, how close to what it was made of, how it loads."""
-    kind, base = str(config["peft_type"]), str(config.get("base_model_name_or_path") or "BASE")
+    kind, base = str(config["peft_type"]), named_in(config) or "BASE"
     auto = TASK_TYPES.get(config.get("task_type") or "", "") or auto_class(base_config(base))
     ours = kind.startswith("ORTHOFT_")
     front = front_matter(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from orthoft.convert.card import conversion_card
 from orthoft.errors import unknown
+from orthoft.hub_place import config_fields
 from orthoft.merging.files.hub import base_of, find_folder
 from orthoft.merging.files.tensors import TensorFolder
 from orthoft.merging.files.writer import refuse_existing, write_json, write_text
@@ -207,7 +208,7 @@ def converted(
     conversion.tensors |= opened.source.beside()
     conversion.notes += opened.guesses()
     if base is not None:
-        conversion.config["base_model_name_or_path"] = str(base)
+        conversion.config |= config_fields(str(base))
     if out is not None:
         conversion.save(out, overwrite)
     return conversion

@@ -15,6 +15,7 @@ from torch import Tensor
 from orthoft.convert.conversion import COMMON, Conversion, Kind, LayerReport, keys, open_adapter
 from orthoft.convert.padding import at_one_rank
 from orthoft.delta import Delta, LowRank
+from orthoft.hub_place import config_fields
 from orthoft.linalg import at_least_float32
 from orthoft.merging.files.writer import refuse_existing
 from orthoft.merging.outputs.lora import lora_config
@@ -94,7 +95,7 @@ def _from_folder(
     names = list(source.inputs_first)
     _need_a_rank(str(adapter), source.kind, rank, [name for name in names if source.adapter_ranks[name] is None])
     changes = (change(name) for name in names)
-    config = dict(source.config) | ({} if base is None else {"base_model_name_or_path": str(base)})
+    config = dict(source.config) | ({} if base is None else config_fields(str(base)))
     conversion = _lora(changes, config, source.beside(), rank, len(names) if progress else 0)
     conversion.notes += opened.guesses()
     if layers := [name for name in names if opened.kind(name) == "convolution"]:
