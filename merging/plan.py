@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from orthoft.hub_place import short_name
 from orthoft.merging.files.hub import find_folder
 from orthoft.merging.files.tensors import TensorFolder, matrix_shape
 from orthoft.merging.methods import Finish
@@ -127,14 +128,14 @@ def plan(
 
 
 def named_sources(sources: Sources) -> list[tuple[str, PathLike]]:
-    """Return (name, path) of each source: the name given, or the folder's, made unique."""
+    """Return (name, path) of each source: the name given, or its short name, made unique."""
     if isinstance(sources, str | Path) or not sources:
         raise ValueError(
-            f"sources is a sequence of at least one folder, Hub id or (name, folder) pair, got {sources!r}"
+            f"sources is a sequence of at least one folder, place on the Hub or (name, place) pair, got {sources!r}"
         )
     named: dict[str, PathLike] = {}
     for source in sources:
-        name, path = source if isinstance(source, tuple) else (Path(source).name or Path(source).resolve().name, source)
+        name, path = source if isinstance(source, tuple) else (short_name(source), source)
         unique = (name, *(f"{name}#{number}" for number in range(2, len(sources) + 2)))
         named[next(free for free in unique if free not in named)] = path
     return list(named.items())

@@ -11,10 +11,10 @@ from urllib.parse import quote, unquote
 
 NAME = r"[A-Za-z0-9][\w.-]*"
 REPOSITORY = re.compile(rf"{NAME}(/{NAME})?")
-REVISION = r"refs/(?:pr/\d+|convert/\w+)|\w[\w.-]*(?:%2F\w[\w.-]*)*"  # a branch, tag or commit; its own slashes are %2F
+OWN = r"refs/(?:pr/\d+|convert/\w+)"  # states that the Hub makes itself, the only ones written with their slashes
 FOLDER = r"\w[\w.-]*(?:/\w[\w.-]*)*"
-PLACE = re.compile(rf"(?P<repository>{REPOSITORY.pattern})(?:@(?P<revision>{REVISION})(?:/(?P<folder>{FOLDER}))?)?")
-OWN_REVISION = re.compile(r"refs/(pr/\d+|convert/\w+)")
+PLACE = re.compile(rf"(?P<repository>{REPOSITORY.pattern})(?:@(?P<revision>{OWN}|[^/@\s]+)(?:/(?P<folder>{FOLDER}))?)?")
+NO_REVISION = re.compile(r"[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|//|@\{|^[./-]|[./]$|\.lock$")  # as git
 
 
 @dataclass(frozen=True)
@@ -29,27 +29,41 @@ class HubPlace:
         """Return it as people write it."""
         if self.revision is None:
             return self.repository
-        state = self.revision if OWN_REVISION.fullmatch(self.revision) else quote(self.revision, safe="")
+        state = self.revision if re.fullmatch(OWN, self.revision) else quote(self.revision, safe="")
         return f"{self.repository}@{state}" + (f"/{self.folder}" if self.folder else "")
+
+    @property
+    def name(self) -> str:
+        """How one calls it for short: the last name of its folder, or of the repository."""
+        return (self.folder or self.repository).rpartition("/")[2]
 
 
 def hub_place(where: str | Path) -> HubPlace | None:
     """Return the place on the Hub that ``where`` may speak of; None if it is a path, or a folder or file here.
 
     ``name``, ``org/name``, and with a state and a folder as `huggingface_hub.HfFileSystem` writes them:
-    ``org/name@v1.0``, ``org/name@refs/pr/3``, ``org/name@main/adapters/law``; a slash in the name of a branch is
-    ``%2F``.
+    ``org/name@v1.0``, ``org/name@refs/pr/3``, ``org/name@main/adapters/law``. What else is no letter, digit, dot or
+    line in the name of a branch is quoted as in addresses of the web, its slashes as ``%2F``.
     """
     if isinstance(where, Path) or (match := PLACE.fullmatch(where)) is None or Path(where).expanduser().exists():
         return None
-    state = match["revision"]
-    return HubPlace(match["repository"], None if state is None else unquote(state), match["folder"])
+    state = None if match["revision"] is None else unquote(match["revision"])
+    if state is not None and NO_REVISION.search(state):
+        return None
+    return HubPlace(match["repository"], state, match["folder"])
 
 
-def same_repository(one: str, other: str) -> bool:
-    """Return whether both may be of one repository of the Hub, in whatever states."""
+def short_name(where: str | Path) -> str:
+    """Return how one calls a model for short: the last name of its folder, or of its place on the Hub."""
+    place = hub_place(where)
+    return (Path(where).name or Path(where).resolve().name) if place is None else place.name
+
+
+def may_be_one(one: str, other: str) -> bool:
+    """Return whether two names may be of one model on the Hub: of one repository, not in two states that are told."""
     places = [place for name in (one, other) if (place := hub_place(name)) is not None]
-    return len(places) == 2 and len({place.repository for place in places}) == 1
+    states = {place.revision for place in places} - {None}
+    return len(places) == 2 and len({(place.repository, place.folder) for place in places}) == 1 and len(states) < 2
 
 
 def public_name(model: str, folder: Path) -> str:

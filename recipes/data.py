@@ -115,6 +115,8 @@ def _datasets() -> Any:
 def _split_of(dataset: str, subset: str | None, split: str) -> Any:
     """Return a split of a dataset by name, in the state that stands behind an @ in it."""
     place = hub_place(dataset)
+    if place is not None and place.folder is not None:
+        raise ValueError(f"dataset: one folder of it cannot be read, got {dataset!r}")
     name, revision = (dataset, None) if place is None else (place.repository, place.revision)
     return _datasets().load_dataset(name, subset, split=split, revision=revision)
 

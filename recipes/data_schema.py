@@ -12,7 +12,10 @@ Split = Literal["train", "tuning", "test"]
 
 
 class Data(Strict):
-    """Files (JSONL, CSV, Parquet), or the splits of a ``datasets`` name in its own notation, as ``train[:90%]``."""
+    """Files (JSONL, CSV, Parquet), or the splits of a ``datasets`` name, as ``train[:90%]``.
+
+    The name is that of a builder, a folder, or a place on the Hub, as ``org/name`` or ``org/name@state``.
+    """
 
     dataset: str | None = None
     subset: str | None = None

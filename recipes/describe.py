@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from orthoft.hub_place import named_in
+from orthoft.merging.files.hub import find_folder
 from orthoft.merging.files.tensors import TensorFolder, read_json
 
 LISTED = 6  # "all-linear" is saved as every module's name
@@ -25,9 +27,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such folder, or neither an adapter nor a checkpoint in it.
         ValueError: a corrupt file.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder.absolute()}")
+    folder = find_folder(path, "model")
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder)
     if (folder / "config.json").is_file():
@@ -46,12 +46,12 @@ def _adapter(folder: Path) -> dict[str, Any]:
         entry["shapes"][f"{kind.lower()}_{rest}" if found else name.rpartition(".")[2]] = list(tensors.shape(key))
         entry["parameters"] += math.prod(tensors.shape(key))
         entry["norm"] = math.hypot(entry["norm"], _norm(tensors[key]))
-    known = ("peft_type", "base_model_name_or_path", "target_modules", "auto_mapping")
+    known = ("peft_type", "base_model_name_or_path", "revision", "target_modules", "auto_mapping")
     return {
         "path": str(folder),
         "kind": "adapter",
         "type": kind,
-        "base": config.get("base_model_name_or_path"),
+        "base": named_in(config),
         "targets": config.get("target_modules"),
         "fields": {key: value for key, value in config.items() if key not in known and value not in DEFAULTS},
         "parameters": sum(entry["parameters"] for entry in modules.values()),

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import release_memory
 from torch import Tensor
 
-from orthoft.hub_place import same_repository
+from orthoft.hub_place import may_be_one
 from orthoft.merging.resume.lock import locked
 from orthoft.recipes.cards import write_expert
 from orthoft.recipes.data import SPLITS
@@ -100,7 +100,7 @@ class Experts:
         assert known is not None
         self.say(f"  {known['adapter']['type']}, {known['parameters']:,} parameters, taken from {ready.task.expert}")
         named = known["base"]
-        if named not in (None, self.recipe.base, str(self.base)) and not same_repository(named, self.recipe.base):
+        if named not in (None, self.recipe.base, str(self.base)) and not may_be_one(named, self.recipe.base):
             self.say(f"  its config names another base, {named}; its tensors fit this one")
         return known
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from orthoft.hub_place import hub_place
 from orthoft.merging.resume.lock import locked
 from orthoft.merging.statistics import KINDS
 from orthoft.recipes.layout import (
@@ -73,9 +74,7 @@ def output_opened(
     with tasks_locked(out, [task.name for task in recipe.tasks] if tasks is None else tasks):
         _refuse(recipe, out, again)
         out.mkdir(parents=True, exist_ok=True)
-        for left in (out / STATISTICS).glob(f".*{LOCK}"):  # of a file that was whole when its process was killed
-            with suppress(FileExistsError), locked(left, left):
-                pass
+        _remove_dead(out)
         replaced = [] if again == "no" else _replaced(out, again, tasks)
         old = [path for name in outdated for path in _of_expert(out, name)]
         waiting = _set_aside(out, [*replaced, *(path for path in old if path.exists())])
@@ -95,6 +94,15 @@ def output_opened(
         _tidy(out)
 
 
+def _remove_dead(out: Path) -> None:
+    """Remove locks that processes left when they were killed, with what was half written under them."""
+    for left in (*out.glob(f".*{LOCK}"), *(out / STATISTICS).glob(f".*{LOCK}")):
+        with suppress(FileExistsError), locked(left, left):
+            partial = partial_of(left.with_name(left.name.removeprefix(".").removesuffix(LOCK)))
+            if partial.is_file():
+                partial.unlink()
+
+
 def refuse_own_inputs(recipe: Recipe, base: Path, out: Path) -> None:
     """Check that a run does not write what it reads.
 
@@ -107,6 +115,10 @@ def refuse_own_inputs(recipe: Recipe, base: Path, out: Path) -> None:
     given = [(f"expert of {t.name}", t.expert) for t in recipe.tasks]
     found = recipe.merge.others if recipe.merge else ()
     others = [(f"merge.sources, {one.called}", path) for one in found for path in (one.path, one.statistics)]
+    places = [("base", recipe.base), *given, *((f"merge.sources, {one.called}", one.path) for one in found)]
+    for what, place in places:
+        if hub_place(place or Path()) is not None and out.resolve().is_relative_to(Path(str(place)).resolve()):
+            raise ValueError(f"{what}: {place} on the Hub would be taken for the folder {out}: choose another output")
     for what, path in [("base", base), ("train_to_merge.general", general), *data, *given, *others]:
         if path is not None and any(Path(path).resolve().is_relative_to(place) for place in written):
             raise ValueError(f"{what}: {path} is among what this run writes to {out}: choose another output")

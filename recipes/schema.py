@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from orthoft.hub_place import short_name
 from orthoft.recipes.strict import Name, PathText, Strict, keys_of
 from orthoft.recipes.table import MERGED
 from orthoft.recipes.task_schema import Task
@@ -93,8 +93,8 @@ class Source(Strict):
 
     @property
     def called(self) -> str:
-        """Its name, or that of its folder."""
-        return self.name or Path(self.path).name or Path(self.path).resolve().name
+        """Its name, or that of its folder or repository."""
+        return self.name or short_name(self.path)
 
 
 class Merge(MergeWords):

@@ -1,6 +1,7 @@
 """Commands that kill themselves just before one of their changes of the file system, each change in turn.
 
-Every state that a kill can leave between two changes is tried; kills at random points meet the rare ones seldom.
+Every state that a kill can leave between two changes by Python is tried (what libraries write by themselves is not
+seen); kills at random points meet the rare ones seldom.
 """
 
 from __future__ import annotations

@@ -194,12 +194,12 @@ def test_a_wrong_key_in_a_recipe(models: Path, tmp_path: Path, capsys: pytest.Ca
             "error: tasks[0].adapter: block_size 7 does not divide the 32 inputs of ",
         ),
         (["run", "recipe.yaml", "--set", "export.lora={}"], "error: export.lora: a rank is needed, the adapters of a "),
-        (["inspect", "nowhere"], "error: no folder {here}/nowhere"),
+        (["inspect", "./nowhere"], "error: model: no folder {here}/nowhere"),
         (
             ["convert", "nowhere", "out", "--to", "dora"],
             "error: Invalid value for '--to': 'dora' is not one of 'lora', ",
         ),
-        (["convert", "nowhere", "out", "--to", "lora"], "error: adapter: no folder {here}/nowhere"),
+        (["convert", "./nowhere", "out", "--to", "lora"], "error: adapter: no folder {here}/nowhere"),
         (
             ["convert", "nowhere", "out", "--to", "peft", "--rank", "3"],
             "error: --rank is of --to lora and --to gguf, peft has none",

@@ -17,11 +17,25 @@ from tiny import label_task, save_bert
 from transformers import AutoModel
 
 from orthoft import HRAConfig
-from orthoft.convert import to_lora
-from orthoft.hub_place import HubPlace, config_fields, hub_place, load_arguments, named_in, public_name, same_repository
+from orthoft.cli import main
+from orthoft.convert import push_to_hub, to_lora
+from orthoft.hub_place import (
+    NO_REVISION,
+    PLACE,
+    HubPlace,
+    config_fields,
+    hub_place,
+    load_arguments,
+    may_be_one,
+    named_in,
+    public_name,
+    short_name,
+)
 from orthoft.merging import merge
 from orthoft.merging.files.hub import asked_once, base_of, find_folder
 from orthoft.recipes import run
+from orthoft.recipes.data import read_splits
+from orthoft.recipes.data_schema import Data
 
 Words = dict[str, Any]
 
@@ -37,6 +51,9 @@ Words = dict[str, Any]
         ("org/model@my%2Fbranch", HubPlace("org/model", "my/branch")),
         ("org/model@main/deep/law", HubPlace("org/model", "main", "deep/law")),
         ("bert@main/law", HubPlace("bert", "main", "law")),
+        ("org/model@v1%2Bcu", HubPlace("org/model", "v1+cu")),
+        ("org/model@%C3%A9", HubPlace("org/model", "é")),
+        (f"org/model@{'0a' * 20}", HubPlace("org/model", "0a" * 20)),
     ],
 )
 def test_a_place_is_read_and_written(where: str, place: HubPlace) -> None:
@@ -49,7 +66,15 @@ def test_a_place_is_read_and_written(where: str, place: HubPlace) -> None:
     [
         *("", ".", "..", "./gone", "/gone/away", "~/gone", "org/model/law", "org/model@", "org/model@main/", "a b"),
         *("org/model@main/../law", "org/model@main/.git", "@main", "org/@main", "org/model@main//law", "org/model@v 1"),
-        *("org/model@../main", "-org/model", "org/model@main@v1", "org/model@..", "org/model@a%2F.."),
+        *(
+            "org/model@../main",
+            "-org/model",
+            "org/model@main@v1",
+            "org/model@-x",
+            "org/model@x.lock",
+            "org/model@..",
+            "org/model@a%2F..",
+        ),
     ],
 )
 def test_what_is_no_place(where: str) -> None:
@@ -59,12 +84,28 @@ def test_what_is_no_place(where: str) -> None:
             find_folder(where, "base")
 
 
-@given(st.text(max_size=30))
+def test_a_revision_may_be_written_plainly() -> None:
+    assert hub_place("org/model@v1+cu") == HubPlace("org/model", "v1+cu")
+    assert hub_place("org/model@my%2fbranch") == HubPlace("org/model", "my/branch")
+
+
+@given(st.from_regex(PLACE, fullmatch=True))
 def test_a_place_never_leads_out_of_its_repository(where: str) -> None:
     if (place := hub_place(where)) is not None:
         assert hub_place(str(place)) == place
-        assert ".." not in (place.folder or "").split("/")
-        assert not (place.folder or "").startswith("/")
+        for part in (place.repository, place.revision or "", place.folder or ""):
+            assert ".." not in part.split("/")
+            assert not part.startswith(("/", "."))
+
+
+STATES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: not NO_REVISION.search(text))
+
+
+@given(STATES, st.sampled_from([None, "law", "deep/law-1.0/x_y"]))
+def test_every_state_is_read_as_it_was_written(state: str, folder: str | None) -> None:
+    place = HubPlace("org/model", state, folder)
+    assert hub_place(str(place)) == place
+    assert named_in(config_fields(str(place))) == str(place)
 
 
 def test_what_is_here_is_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,9 +129,14 @@ def test_how_a_place_is_told() -> None:
     assert named_in({"revision": "main"}) is None
     assert load_arguments("org/model@v1/law") == '"org/model", revision="v1", subfolder="law"'
     assert load_arguments("/a/b") == '"/a/b"'
-    assert same_repository("org/model", "org/model@v1")
-    assert not same_repository("org/model", "org/other")
-    assert not same_repository("/a/b", "/a/b")
+    assert may_be_one("org/model", "org/model@v1")
+    assert may_be_one("org/model@v1", "org/model@v1")
+    assert not may_be_one("org/model@v2", "org/model@v1")
+    assert not may_be_one("org/model@v1/law", "org/model@v1")
+    assert not may_be_one("org/model", "org/other")
+    assert not may_be_one("/a/b", "/a/b")
+    places = ("org/model@main/deep/law", "org/model@refs/pr/3", "bert", "/a/b", Path("a/b"), "./a/b/")
+    assert [short_name(place) for place in places] == ["law", "model", "bert", "b", "b", "b"]
 
 
 def test_each_state_and_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +156,7 @@ def test_each_state_and_folder_is_found(tmp_path: Path, monkeypatch: pytest.Monk
     assert state("org/model@refs/pr/3") == "refs/pr/3"
     assert state("org/model@my%2Fbranch") == "my/branch"
     assert state("org/model@v1/deep/law") == "law of v1"
-    with pytest.raises(FileNotFoundError, match=r"^source 'a': no folder .*, and the Hub gave no .* 'org/mo@v2' "):
+    with pytest.raises(FileNotFoundError, match=r"^source 'a': no folder .* the Hub gave nothing for 'org/mo@v2' "):
         find_folder("org/mo@v2", "source 'a'")
     with pytest.raises(FileNotFoundError, match=r"org/model has no folder deep/gone"):
         find_folder("org/model@v1/deep/gone", "base")
@@ -143,7 +189,7 @@ def test_an_answer_of_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(FileNotFoundError) as caught:
         find_folder("org/model", "source 'a'")
     missing = f"source 'a': no folder {Path.cwd() / 'org/model'}, and "
-    assert str(caught.value) == missing + "the Hub gave no repository 'org/model' (cannot reach the Hub)"
+    assert str(caught.value) == missing + "the Hub gave nothing for 'org/model' (cannot reach the Hub)"
 
 
 @pytest.fixture
@@ -247,3 +293,77 @@ def test_merges_and_conversions_read_and_name_a_state(cache: Path, tmp_path: Pat
     exact = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("lora-v1", "lora-None-v1")]
     assert exact[0] == exact[1]  # of the same state of the base
     assert exact[0] != (tmp_path / "lora-None" / "adapter_model.safetensors").read_bytes()
+
+
+def test_the_command_line_takes_places(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = get_peft_model(
+        AutoModel.from_pretrained(find_folder("org/bert@v1", "base")), HRAConfig(r=2, target_modules=["query"])
+    )
+    model.save_pretrained(tmp_path / "given" / "law")
+    file = tmp_path / "given" / "law" / "adapter_config.json"
+    told = {**config_of(file.parent), "base_model_name_or_path": "org/bert", "revision": "v1"}
+    file.write_text(json.dumps(told), encoding="utf-8")
+    put(cache, "org/adapters", tmp_path / "given")
+    law, out = "org/adapters@main/law", tmp_path / "out"
+
+    def said(*words: str) -> Any:
+        with pytest.raises(SystemExit) as end:
+            main([*words, "--json"])
+        told = capsys.readouterr()
+        assert end.value.code == 0, told.err
+        return json.loads(told.out)
+
+    found = said("inspect", law)
+    assert (found[0]["base"], found[0]["path"].startswith(str(cache))) == ("org/bert@v1", True)
+    assert list(said("inspect", law, "--base", "org/bert@v1")["sources"]) == ["law"]
+    said("convert", law, str(out / "lora"))
+    assert named(out / "lora") == ["org/bert", "v1"]
+    said("merge", "--base", "org/bert@v1", "--source", f"{law}:0.5", "--output", str(out / "m"), "--method", "mean")
+    assert list(json.loads((out / "m" / "report.json").read_text(encoding="utf-8"))["sources"]) == ["law"]
+    assert push_to_hub(out / "lora", "me/x", dry_run=True).notes == []
+    put(cache, "org/zoo", cache / "models--org--bert" / "snapshots")
+    inner = min(path.name for path in (cache / "models--org--bert" / "snapshots").iterdir())
+    said("convert", law, str(out / "zoo"), "--base", f"org/zoo@main/{inner}")
+    assert "which PEFT cannot name" in push_to_hub(out / "zoo", "me/x", dry_run=True).notes[0]
+    assert f'revision="main", subfolder="{inner}"' in (out / "zoo" / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_output_that_would_stand_for_its_base_is_refused(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = {
+        "name": "x",
+        "base": "org/bert",
+        "output": "org/bert",
+        "defaults": {"kind": "classification", "adapter": {"type": "lora", "target_modules": ["query"]}},
+        "tasks": [{"name": "a", "data": label_task(tmp_path / "a", 0, seed=0)}],
+    }
+    with pytest.raises(ValueError, match="base: org/bert on the Hub would be taken for the folder org/bert"):
+        run(words)
+    assert not (tmp_path / "org").exists()
+
+
+def test_a_dataset_is_read_in_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Datasets:
+        @staticmethod
+        def load_dataset(name: str, subset: str | None, split: str, revision: str | None) -> Any:
+            asked.append((name, subset, split, revision))
+            raise FileNotFoundError
+
+    def read(name: str) -> None:
+        read_splits(Data(dataset=name, train="train[:9]", test="test"), 0, lambda row, split, place: None)
+
+    monkeypatch.setattr("orthoft.recipes.data._datasets", lambda: Datasets)
+    for name in ("csv", "org/data", "org/data@v2"):
+        with pytest.raises(FileNotFoundError):
+            read(name)
+    assert asked == [
+        ("csv", None, "train[:9]", None),
+        ("org/data", None, "train[:9]", None),
+        ("org/data", None, "train[:9]", "v2"),
+    ]
+    with pytest.raises(ValueError, match="one folder of it cannot be read, got 'org/data@v2/law'"):
+        read("org/data@v2/law")

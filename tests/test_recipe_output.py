@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from cli_case import recipe, save_models
 
+from orthoft.merging.resume.lock import locked
 from orthoft.recipes import load, run
 from orthoft.recipes.layout import EXPERTS, RECIPE, RESULTS
 from orthoft.recipes.output import BEFORE, output_opened, refuse_own_inputs, tasks_locked
@@ -245,6 +247,23 @@ def test_a_run_that_was_killed_before_it_wrote_its_recipe_is_begun_anew(made: Pa
     (tmp_path / "out" / ".recipe.yaml.partial").write_text("half of")
     with output_opened(words(made, tmp_path), tmp_path / "out", "no", None, lambda line: None):
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["recipe.yaml"]
+
+
+def test_what_killed_processes_left_locked_goes_with_the_next(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "statistics").mkdir(parents=True)
+    (out / "recipe.yaml").write_text(yaml.safe_dump(words(made, tmp_path).model_dump(mode="json")))
+    dead, alive = (
+        [out / "statistics" / f".{one}-gram.safetensors.{end}" for end in ("lock", "partial")] for one in "ab"
+    )
+    dead.append(out / ".subspaces.lock")
+    for file in (*dead, alive[1]):
+        file.touch()
+    with (
+        locked(out / "statistics" / "b-gram.safetensors"),
+        output_opened(words(made, tmp_path), out, "no", None, lambda line: None),
+    ):
+        assert [file for file in (*dead, *alive) if file.exists()] == alive
 
 
 def test_a_folder_of_something_else_stays(made: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from orthoft.merging.spaces import SPACES
 from orthoft.recipes.live_merge import LiveMerge
 
 # The merge is brought to the mean norm of the tasks, then multiplied by one of these.
-STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.2, 3.2)
+STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.2, 3.2, 4.7)
 PLAIN = (0.15, 0.3, 0.6, 1.0, 1.5)  # of methods and spaces that say themselves how long the merge is
 GRAM = ("regmean", "frank_wolfe")  # need the inputs of each expert
 SUM = (("task_arithmetic", "auto"),)

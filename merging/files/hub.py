@@ -49,7 +49,7 @@ def find_folder(where: str | Path, what: str) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"{what}: no folder {folder.absolute()}, and the Hub gave no repository {where!r} ({reason})"
+            f"{what}: no folder {folder.absolute()}, and the Hub gave nothing for {where!r} ({reason})"
         ) from error
     if known is not None:
         known[place] = found

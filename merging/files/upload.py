@@ -91,10 +91,13 @@ def belongs(name: str) -> bool:
 
 
 def _notes(folder: Path) -> list[str]:
-    """Say what others could not load: an adapter whose base is a folder here."""
+    """Say what others could not load as usual: an adapter whose base is a folder, here or in a repository."""
     config = folder / "adapter_config.json"
     base = str(read_json(config).get("base_model_name_or_path") or "") if config.is_file() else ""
-    if base and hub_place(base) is None:
+    place = hub_place(base)
+    if place is not None and place.folder is not None:
+        return [f"the base is in a folder of a repository ({base}), which PEFT cannot name: load it as the card does"]
+    if base and place is None:
         return [f"adapter_config.json names the base {base!r}, a folder here: others need its name on the Hub there"]
     return []
 

@@ -178,7 +178,7 @@ def _sync(folder: Path) -> None:
 
 def sync_file(file: Path) -> None:
     """Wait until the bytes of a file are on the disk."""
-    with file.open("rb") as stream:
+    with file.open("r+b") as stream:  # Windows syncs only what may be written
         os.fsync(stream.fileno())
 
 

@@ -32,7 +32,12 @@ class To(StrEnum):
 @app.command(rich_help_panel=EXPORT)
 def convert(
     out: Output,
-    model: Annotated[Path, typer.Argument(help="The folder of an adapter; for gguf a checkpoint, too.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="An adapter, for gguf a checkpoint, too: a folder, or org/name[@state[/folder]]."
+        ),
+    ],
     output: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write; the file for gguf.")],
     to: Annotated[
         To,
@@ -82,7 +87,7 @@ def convert(
     out.show(*told(to, done, Path(output)))
 
 
-def converted(to: To, model: Path, out: str, **given: Any) -> Conversion | GgufFile:
+def converted(to: To, model: str, out: str, **given: Any) -> Conversion | GgufFile:
     """Convert by the function of a format; a path would forget that ``out`` ends as a folder does."""
     from orthoft import convert as formats
 

@@ -16,7 +16,10 @@ from orthoft.cli.output import Output, check_file
 @app.command(rich_help_panel=LOOK)
 def inspect(
     out: Output,
-    path: Annotated[list[Path], typer.Argument(help="Folders of adapters or checkpoints.")],
+    path: Annotated[
+        list[str],
+        typer.Argument(metavar="PATH", help="Adapters, checkpoints: folders, or org/name[@state[/folder]]."),
+    ],
     base: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Their base: measure what they would do to each other.")
     ] = None,

@@ -15,7 +15,7 @@ from torch import Tensor
 from orthoft.convert.card import conversion_card
 from orthoft.errors import unknown
 from orthoft.hub_place import config_fields
-from orthoft.merging.files.hub import base_of, find_folder
+from orthoft.merging.files.hub import asked_once, base_of, find_folder
 from orthoft.merging.files.tensors import TensorFolder
 from orthoft.merging.files.writer import refuse_existing, write_json, write_text
 from orthoft.merging.prepared import refuse_what_is_read
@@ -148,7 +148,7 @@ class Opened:
 
 
 def open_adapter(adapter: str | Path, base: str | Path | None, out: str | Path | None = None) -> Opened:
-    """Open the folder or Hub id of an adapter, on the base it names unless one is given; ``out`` will be replaced.
+    """Open an adapter, in a folder or on the Hub, on the base it names unless one is given; ``out`` will be replaced.
 
     Raises:
         FileNotFoundError: the adapter or the base is missing.
@@ -183,6 +183,7 @@ def keys(module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 Convert = Callable[[Opened, float], Conversion]
 
 
+@asked_once()
 def converted(
     formats: Mapping[str, Convert],
     what: str,

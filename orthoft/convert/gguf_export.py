@@ -17,7 +17,8 @@ from orthoft.convert.gguf_layout import NOT_STORED, Layout, frequency_divisors, 
 from orthoft.convert.gguf_tokenizer import words_of
 from orthoft.convert.lora import to_lora
 from orthoft.errors import unknown
-from orthoft.merging.files.hub import base_of, find_folder
+from orthoft.hub_place import short_name
+from orthoft.merging.files.hub import asked_once, base_of, find_folder
 from orthoft.merging.files.tensors import TensorFolder, read_json
 from orthoft.merging.prepared import refuse_what_is_read
 
@@ -42,6 +43,7 @@ class GgufFile:
         return 0.0 if self.adapter is None else self.adapter.error
 
 
+@asked_once()
 def to_gguf(
     model: str | Path,
     out: str | Path,
@@ -57,7 +59,7 @@ def to_gguf(
     (``llama-cli -m base.gguf --lora adapter.gguf``); all its factors have one rank there, filled up with zeros.
 
     Args:
-        model: folder or Hub id of a checkpoint or an adapter.
+        model: a checkpoint or an adapter, a folder or a place on the Hub.
         out: the file to write.
         dtype: of matrices: "f32", "f16", "bf16" or "q8_0"; unless given, the checkpoint's own, and f32 of an adapter.
         base: of an adapter, if not the one its configuration names.
@@ -74,11 +76,11 @@ def to_gguf(
     refuse_existing_file(out, overwrite)
     folder = find_folder(model, "model")
     if (folder / "adapter_config.json").is_file():
-        return _adapter(folder, Path(out), dtype or "f32", base, rank, overwrite)
+        return _adapter(folder, short_name(model), Path(out), dtype or "f32", base, rank, overwrite)
     if base is not None or rank is not None:
         raise ValueError(f"base and rank are of adapters, {folder} is a checkpoint")
     refuse_what_is_read(Path(out), [folder], "converted")
-    return _checkpoint(folder, Path(out), dtype, overwrite)
+    return _checkpoint(folder, short_name(model), Path(out), dtype, overwrite)
 
 
 def _need_gguf() -> None:
@@ -88,7 +90,7 @@ def _need_gguf() -> None:
         raise ValueError("GGUF needs the package gguf: pip install 'orthoft[gguf]'") from None
 
 
-def _checkpoint(folder: Path, out: Path, dtype: str | None, overwrite: bool) -> GgufFile:
+def _checkpoint(folder: Path, name: str, out: Path, dtype: str | None, overwrite: bool) -> GgufFile:
     stored, config = TensorFolder(folder), read_json(folder / "config.json")
     layout, words = layout_of(config), words_of(folder, int(config["vocab_size"]))
     dtype = dtype or STORED.get(max((stored.dtype(name) for name in stored), key=_breadth), "f16")
@@ -96,7 +98,7 @@ def _checkpoint(folder: Path, out: Path, dtype: str | None, overwrite: bool) -> 
     names = [name for name in stored if not NOT_STORED.fullmatch(name) and not (tied and name == "lm_head.weight")]
 
     def fill(writer: Any) -> None:
-        _fill(writer, "model", folder.name, dtype)
+        _fill(writer, "model", name, dtype)
         for setter, value in numbers(layout).items():
             getattr(writer, setter)(value)
         if "add_rope_scaling_factor" in numbers(layout):
@@ -129,7 +131,9 @@ def _told(stored: TensorFolder, layout: Layout, name: str, dtype: str) -> Told:
     )
 
 
-def _adapter(folder: Path, out: Path, dtype: str, base: str | Path | None, rank: int | None, over: bool) -> GgufFile:
+def _adapter(
+    folder: Path, name: str, out: Path, dtype: str, base: str | Path | None, rank: int | None, over: bool
+) -> GgufFile:
     home = find_folder(base or base_of(folder), "base")
     refuse_what_is_read(out, [folder, home], "converted")
     lora = to_lora(folder, base=base, rank=rank, pad_rank=True)
@@ -137,7 +141,7 @@ def _adapter(folder: Path, out: Path, dtype: str, base: str | Path | None, rank:
     factors = _factors(lora, layout)
 
     def fill(writer: Any) -> None:
-        _fill(writer, "adapter", folder.name, dtype)
+        _fill(writer, "adapter", name, dtype)
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", float(lora.config["lora_alpha"]))
 

@@ -35,9 +35,9 @@ def from_peft(
     Cayley map of the nearest rotation, if its relative error is within ``tolerance`` in every layer.
 
     Args:
-        adapter: folder or Hub id of an adapter that PEFT 0.18 or newer wrote.
+        adapter: folder or place on the Hub of an adapter that PEFT 0.18 or newer wrote.
         out: folder to write, refused if it exists, without ``overwrite``; None to write nothing.
-        base: folder or Hub id of the base model; the one the adapter's configuration names if None.
+        base: folder or place on the Hub of the base model; the one the adapter's configuration names if None.
         tolerance: largest relative error per layer of what is not exact.
 
     Raises:

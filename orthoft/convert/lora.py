@@ -17,6 +17,7 @@ from orthoft.convert.padding import at_one_rank
 from orthoft.delta import Delta, LowRank
 from orthoft.hub_place import config_fields
 from orthoft.linalg import at_least_float32
+from orthoft.merging.files.hub import asked_once
 from orthoft.merging.files.writer import refuse_existing
 from orthoft.merging.outputs.lora import lora_config
 from orthoft.merging.prepared import refuse_what_is_read
@@ -32,6 +33,7 @@ class Change:
     delta: Delta
 
 
+@asked_once()
 def to_lora(
     adapter: Any,
     out: str | Path | None = None,
@@ -50,9 +52,9 @@ def to_lora(
     may be linear, GPT-2's Conv1D, embeddings and convolutions. Modules and biases trained beside are carried over.
 
     Args:
-        adapter: folder or Hub id of an adapter, or a PeftModel with one of ours.
+        adapter: an adapter's folder or place on the Hub, or a PeftModel with one of ours.
         out: folder to write, refused if it exists, without ``overwrite``; None to write nothing.
-        base: folder or Hub id of the base model of a folder; the one its configuration names if None.
+        base: folder or place on the Hub of a folder's base model; the one its configuration names if None.
         rank: rank of the LoRA, None for the exact one.
         pad_rank: give all layers one rank, filled up with zeros, as some programs that serve LoRAs need it.
         adapter_name: which adapter of a PeftModel.

@@ -31,9 +31,9 @@ def to_peft(
     does not hold the singular vectors: it is right wherever PEFT finds them with the signs they have on this machine.
 
     Args:
-        adapter: folder or Hub id of an adapter.
+        adapter: folder or place on the Hub of an adapter.
         out: folder to write, refused if it exists, without ``overwrite``; None to write nothing.
-        base: folder or Hub id of the base model; the one the adapter's configuration names if None.
+        base: folder or place on the Hub of the base model; the one the adapter's configuration names if None.
         tolerance: largest relative error per layer of what is not exact.
 
     Raises:
