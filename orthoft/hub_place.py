@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ def load_arguments(model: str) -> str:
     """Return what stands between the brackets of ``from_pretrained`` for a folder here or a place on the Hub."""
     place = hub_place(model)
     if place is None:
-        return f'"{model}"'
+        return json.dumps(model, ensure_ascii=False)  # whatever a name holds stays inside its quotes
     more = {"revision": place.revision, "subfolder": place.folder}
-    return f'"{place.repository}"' + "".join(f', {name}="{value}"' for name, value in more.items() if value)
+    words = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in more.items() if value]
+    return ", ".join([f'"{place.repository}"', *words])

@@ -65,7 +65,7 @@ class Command:
             code, _ = ended(start_forked(self.words, lambda at=at: strike(at, self.out.parent)))
             struck += code == -signal.SIGKILL
         code, lines = ended(start_forked(self.words))
-        if code and not (STANDS in lines[-1] or FINISHED in lines[-1]):
+        if code and not any(word in line for line in lines[-1:] for word in (STANDS, FINISHED)):
             return struck, [f"{place}: {failure(code, lines)}"]
         left = found(self.out)
         if code:  # it was whole when it was killed, and who is refused takes no lock

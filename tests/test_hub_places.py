@@ -129,6 +129,8 @@ def test_how_a_place_is_told() -> None:
     assert named_in({"revision": "main"}) is None
     assert load_arguments("org/model@v1/law") == '"org/model", revision="v1", subfolder="law"'
     assert load_arguments("/a/b") == '"/a/b"'
+    assert load_arguments('/a"); f("b') == r'"/a\"); f(\"b"'
+    assert load_arguments('org/model@a");f("b') == r'"org/model", revision="a\");f(\"b"'
     assert may_be_one("org/model", "org/model@v1")
     assert may_be_one("org/model@v1", "org/model@v1")
     assert not may_be_one("org/model@v2", "org/model@v1")
