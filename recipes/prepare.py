@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import transformers
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from orthoft.merging import READERS
 from orthoft.merging.files.hub import find_folder
@@ -82,11 +83,17 @@ def _penalised(recipe: Recipe) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the libraries' hints and bars, for the block only: what matters is said by the pipeline."""
+    """Silence the libraries' hints and bars, for the block only: what matters is said by the pipeline.
+
+    The Hub's bars stay: a download of a model is long work.
+    """
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
-    log.disable_progress_bar()
+    downloads = not are_progress_bars_disabled()
+    log.disable_progress_bar()  # and the Hub's
+    if downloads:
+        enable_progress_bars()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"(peft|transformers|torch|accelerate|datasets)\b")
@@ -95,3 +102,5 @@ def quiet() -> Iterator[None]:
         log.set_verbosity(level)
         if bars:
             log.enable_progress_bar()
+        if not downloads:
+            disable_progress_bars()

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from hub_cache import offline, put
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import AutoPeftModel, LoraConfig, get_peft_model
@@ -36,6 +38,7 @@ from orthoft.merging.files.hub import asked_once, base_of, find_folder
 from orthoft.recipes import run
 from orthoft.recipes.data import read_splits
 from orthoft.recipes.data_schema import Data
+from orthoft.recipes.prepare import quiet
 
 Words = dict[str, Any]
 
@@ -369,3 +372,15 @@ def test_a_dataset_is_read_in_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     with pytest.raises(ValueError, match="one folder of it cannot be read, got 'org/data@v2/law'"):
         read("org/data@v2/law")
+
+
+def test_downloads_show_their_progress_and_loading_does_not() -> None:
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    for switch, hidden in ((disable_progress_bars, True), (enable_progress_bars, False)):
+        switch()
+        with quiet():
+            assert are_progress_bars_disabled() == hidden
+            assert not bars.is_progress_bar_enabled()
+        assert are_progress_bars_disabled() == hidden
+        assert bars.is_progress_bar_enabled() == shown
