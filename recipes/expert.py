@@ -207,6 +207,8 @@ def _appearing(folder: Path, told: dict[str, Any]) -> Iterator[Path]:
     try:
         yield partial
         (partial / FINISHED).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        for file in partial.glob("*.safetensors"):  # the library lets only the owner read what it writes
+            file.chmod((partial / FINISHED).stat().st_mode)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     finally:

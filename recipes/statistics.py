@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from orthoft.errors import unknown
-from orthoft.merging.files.safetensors_file import SafetensorsFile
+from orthoft.merging.files.safetensors_file import write_tensors
 from orthoft.merging.resume.partial import new_file
 from orthoft.merging.statistics import statistics_file
 from orthoft.recipes.base_weights import adapters_merged, base_parameters, linear_layers
@@ -270,9 +270,8 @@ def _save(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str]) -
         raise ValueError(
             f"there are no {metadata['kind']} statistics of any of the base's weights: none of them was used"
         )
-    with new_file(file) as partial, SafetensorsFile(partial, tensors, metadata) as opened:
-        for name in sorted(tensors):
-            opened.write(name, tensors[name])
+    with new_file(file) as partial:
+        write_tensors(partial, tensors, metadata)
     return file
 
 

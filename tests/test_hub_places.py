@@ -263,6 +263,8 @@ def test_a_run_names_its_base_as_others_find_it(
         assert base_of(folder) == base
         assert front(folder)["base_model"] == "org/bert"
         assert f"from_pretrained({load_arguments(base)})" in (folder / "README.md").read_text(encoding="utf-8")
+        modes = {file.stat().st_mode for file in folder.iterdir() if file.is_file()}
+        assert len(modes) == 1  # who may read the card may read the weights
     assert front(out / "merged")["base_model"] == "org/bert"
     assert not any("names another base" in line for line in lines)
     for file in out.rglob("*"):

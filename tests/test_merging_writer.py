@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from orthoft.delta import Dense, LowRank
-from orthoft.merging.files.safetensors_file import content_hash
+from orthoft.merging.files.safetensors_file import content_hash, write_tensors
 from orthoft.merging.files.streaming import IN_FLIGHT, PIECE, Piece, pieces_of, stream
 from orthoft.merging.files.tensors import DTYPES, TensorFolder
 from orthoft.merging.files.writer import SafetensorsFile, parse_size, put_in_place, sharded, write_index
@@ -290,3 +290,18 @@ def test_an_error_of_a_flush_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("os.fsync", fsync)
     with pytest.raises(OSError, match="the disk is gone"), SafetensorsFile(tmp_path / "file", ["a"]) as file:
         file.write("a", torch.ones(4))
+
+
+def test_tensors_are_written_for_whoever_may_read_new_files(tmp_path: Path) -> None:
+    tensors = some_tensors() | {"grown": torch.randn(4, requires_grad=True)}
+    write_tensors(tmp_path / "x.safetensors", tensors)
+    (tmp_path / "y").touch()
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "y").stat().st_mode
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert bytes(found[name].contiguous().reshape(-1).view(torch.uint8).numpy()) == bytes(
+            tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        )

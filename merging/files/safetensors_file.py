@@ -91,6 +91,16 @@ class SafetensorsFile:
             self._flushing.result()
 
 
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = FORMAT) -> None:
+    """Write tensors to a safetensors file that is read by whom any new file is: the library's own is the owner's alone.
+
+    By names; larger dtypes come first, which keeps all aligned.
+    """
+    with SafetensorsFile(file, tensors, metadata) as out:
+        for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
+            out.write(name, tensors[name])
+
+
 def content_hash(file: Path) -> str:
     """Return the SHA-256 of a safetensors file's header and of the CRC-32 of what stands behind it, as hexadecimals.
 

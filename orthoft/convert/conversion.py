@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from orthoft.convert.card import conversion_card
 from orthoft.errors import unknown
 from orthoft.hub_place import config_fields
 from orthoft.merging.files.hub import asked_once, base_of, find_folder
+from orthoft.merging.files.safetensors_file import write_tensors
 from orthoft.merging.files.tensors import TensorFolder
 from orthoft.merging.files.writer import refuse_existing, write_json, write_text
 from orthoft.merging.prepared import refuse_what_is_read
@@ -83,8 +83,7 @@ class Conversion:
         with partial_folder(Path(out), overwrite, resume=False, ranks=Ranks()) as partial:
             folder = partial.folder
             write_json(folder / "adapter_config.json", self.config)
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-            save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+            write_tensors(folder / "adapter_model.safetensors", self.tensors)
             write_text(folder / CARD, conversion_card(self.config, len(self.layers), self.error, self.worst.error))
 
     def require(self, tolerance: float, reason: str) -> None:
