@@ -65,7 +65,7 @@ audit: $(BIN)/.ready  ## consistent versions, and the pinned ones against publis
 check: lint types audit
 
 faults: export OMP_NUM_THREADS = 1
-faults: $(BIN)/.ready  ## for every night: kills at random points and before changes of files, full disks, odd locales (half an hour)
+faults: $(BIN)/.ready  ## for every night: kills at random points and before changes of files, full disks, odd locales (15 minutes)
 	$(BIN)/python scripts/faults.py --rounds 50 --points 40 --seed $$(date +%j)
 
 # In an environment of its own: it compiles against torch, and changes what accelerate does where it is installed.
