@@ -21,6 +21,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from orthoft.merging.resume.partial import partial_of
 from orthoft.recipes.tensor_tree import gathered, read_tree, write_tree
 
 Say = Callable[[str], None]
@@ -47,7 +48,7 @@ class Checkpoints:
         if self.control.should_training_stop:
             return
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        partial = folder.with_name(f".{folder.name}.partial")
+        partial = partial_of(folder)
         trained = gathered({name: p for name, p in self.model.named_parameters() if p.requires_grad})
         state = gathered(self._state())
         if self.args.should_save:

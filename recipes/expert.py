@@ -22,6 +22,7 @@ from orthoft.hub_place import config_fields, named_in, public_name
 from orthoft.merging.files.tensors import TensorFolder, read_json
 from orthoft.merging.files.writer import write_json
 from orthoft.merging.reports.card import CARD
+from orthoft.merging.resume.partial import partial_of
 from orthoft.merging.statistics import KINDS
 from orthoft.recipes.data import read_file
 from orthoft.recipes.elsewhere import CONFIG, WEIGHTS, config_in, files_of_expert, folder_of, head_in
@@ -202,7 +203,7 @@ def _name_base(folder: Path, base: str) -> None:
 @contextmanager
 def _appearing(folder: Path, told: dict[str, Any]) -> Iterator[Path]:
     """Give the place of an expert to write into; it takes that of ``folder`` when all is there."""
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = partial_of(folder)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         yield partial

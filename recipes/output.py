@@ -14,6 +14,7 @@ import yaml
 
 from orthoft.hub_place import hub_place
 from orthoft.merging.resume.lock import locked
+from orthoft.merging.resume.partial import partial_of
 from orthoft.merging.statistics import KINDS
 from orthoft.recipes.layout import (
     ALL,
@@ -30,7 +31,7 @@ from orthoft.recipes.layout import (
     trainer_folder,
 )
 from orthoft.recipes.schema import Again, Recipe
-from orthoft.recipes.whole import partial_of, write_whole_text
+from orthoft.recipes.whole import write_whole_text
 
 OF_TASKS = (EXPERTS, HEADS, STATISTICS)  # folders with something of each task
 LOCK = ".lock"

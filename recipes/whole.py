@@ -8,10 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-
-def partial_of(file: Path) -> Path:
-    """Return where a file is until it is whole."""
-    return file.with_name(f".{file.name}.partial")
+from orthoft.merging.resume.partial import partial_of
 
 
 def write_whole(file: Path, content: bytes) -> None:

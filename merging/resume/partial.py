@@ -38,6 +38,11 @@ class Partial:
                 path.unlink()
 
 
+def partial_of(out: Path) -> Path:
+    """Return where a file or folder is until it is whole."""
+    return out.with_name(f".{out.name}.partial")
+
+
 @contextmanager
 def partial_folder(out: Path, overwrite: bool, resume: bool, ranks: Ranks) -> Iterator[Partial]:
     """Give the folder ``.<out>.partial`` beside ``out``, as an earlier run left it, which becomes ``out`` on success.
@@ -48,7 +53,7 @@ def partial_folder(out: Path, overwrite: bool, resume: bool, ranks: Ranks) -> It
     Raises:
         FileExistsError: ``out`` exists and may not be overwritten, or another process is writing it.
     """
-    folder = out.parent / f".{out.name}.partial"
+    folder = partial_of(out)
     scratch = folder / OWN
 
     def prepare() -> None:
@@ -83,7 +88,7 @@ def new_file(out: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: another process is writing it.
     """
-    partial = out.with_name(f".{out.name}.partial")
+    partial = partial_of(out)
     make_parent(out)
     with locked(out):
         try:
